@@ -1,0 +1,59 @@
+"""The command line, `python -m cloud_lib <command>`: parses arguments and calls the library, nothing else.
+
+Each command is one function `_cmd_<name>(args)` that imports what it needs when it runs, and one entry in
+`build_parser`. A user's mistake ends as one line on standard error and exit status 2; `--traceback` shows
+where it came from.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERRORS = (ValueError, OSError, LookupError, NotImplementedError)
+
+
+def _cmd_notebook(args: argparse.Namespace) -> None:
+    from cloud_lib.notebook import run_notebook
+
+    run_notebook(args.source, args.target, args.file, dict(args.parameter), profile=args.profile)
+
+
+def _cmd_readme(args: argparse.Namespace) -> None:
+    from cloud_lib.report import update_readme
+
+    print(f"updated {update_readme(args.profile)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
+    parser.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    notebook = commands.add_parser("notebook", help="execute one notebook with the parameters of a profile")
+    notebook.add_argument("source", type=Path, help="notebooks/NN_name.ipynb")
+    notebook.add_argument("target", type=Path, help="build/<profile>/NN_name.ipynb")
+    notebook.add_argument("-f", "--file", type=Path, help="params/<profile>/NN_name.yaml")
+    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
+                          help="one more override; VALUE is read as YAML")
+    notebook.add_argument("--profile", help="default: the name of the target's folder")
+    notebook.set_defaults(run=_cmd_notebook)
+
+    readme = commands.add_parser("readme", help="rewrite the README's results from tables/<profile>/summary.csv")
+    readme.add_argument("--profile", default="demo")
+    readme.set_defaults(run=_cmd_readme)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 2 after a user's mistake."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except USER_ERRORS as error:
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
