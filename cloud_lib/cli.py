@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USER_ERRORS = (ValueError, OSError, LookupError, NotImplementedError)
+USER_ERRORS = (ValueError, OSError)
 
 
 def _cmd_notebook(args: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     notebook.add_argument("--profile", help="default: the name of the target's folder")
     notebook.set_defaults(run=_cmd_notebook)
 
-    readme = commands.add_parser("readme", help="rewrite the README's results from tables/<profile>/summary.csv")
+    readme = commands.add_parser("readme", help="rewrite the README's results block from tables/<profile>/")
     readme.add_argument("--profile", default="demo")
     readme.set_defaults(run=_cmd_readme)
     return parser
