@@ -25,6 +25,20 @@ def _cmd_readme(args: argparse.Namespace) -> None:
     print(f"updated {update_readme(args.profile)}")
 
 
+def _cmd_scaling(args: argparse.Namespace) -> None:
+    import json
+
+    import pandas as pd
+
+    from cloud_lib import scaling
+
+    fitted = scaling.fit(pd.read_csv(args.runs), args.data_column, args.bootstrap, args.seed)
+    if args.format == "json":
+        print(json.dumps(fitted.to_dict(args.budget), indent=2))
+    else:
+        print(fitted.text(args.budget))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -43,6 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="rewrite the README's results block from tables/<profile>/")
     readme.add_argument("--profile", default="demo")
     readme.set_defaults(run=_cmd_readme)
+
+    scaling = commands.add_parser("scaling", help="fit the scaling law L = A/N^alpha + B/D^beta + E to a table of runs")
+    scaling.add_argument("runs", type=Path, metavar="RUNS.csv",
+                         help="one row per run: n_params_non_embedding, val_loss and the data column")
+    scaling.add_argument("--data-column", default="n_examples", help="the column that is D (default: %(default)s)")
+    scaling.add_argument("--bootstrap", type=int, default=4000, metavar="N", help="resamples (default: %(default)s)")
+    scaling.add_argument("--budget", type=float, nargs="+", default=[], metavar="FLOP",
+                         help="also print the compute-optimal run at these budgets")
+    scaling.add_argument("--format", choices=("text", "json"), default="text")
+    scaling.add_argument("--seed", type=int, default=0, help="of the resamples")
+    scaling.set_defaults(run=_cmd_scaling)
     return parser
 
 

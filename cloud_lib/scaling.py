@@ -12,7 +12,7 @@ Compute is C = 6 N x (tokens processed) = 6 N D x `tokens_per_datum`, with token
 n_tokens_seen; this is the C of the paper's Eq. 4 whichever D was fitted.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -68,13 +68,30 @@ class Fit:
         return pd.DataFrame([(name, float(getattr(self.law, name)), *self.interval(lambda law: getattr(law, name)))
                              for name in QUANTITIES], columns=["quantity", "value", "low", "high"])
 
-    def to_dict(self):
-        """JSON-ready summary: constants at the top level, their intervals under "intervals"."""
-        table = self.table()
+    def text(self, budgets=()):
+        """Readable summary: constants with intervals, quality of the fit, what to add, optimum at budgets [FLOP]."""
+        lines = [f"L = A/N^alpha + B/D^beta + E   N = {N_COLUMN}, D = {self.data_column}, {len(self.loss)} runs",
+                 f"{'':6}{'value':>12}   95 % interval ({len(self.bootstrap)} resamples of the runs)"]
+        lines += [f"{row.quantity:6}{row.value:12.5g}   {row.low:.4g} to {row.high:.4g}" for row in self.table().itertuples()]
+        lines += [f"objective {self.objective:.6g} (summed Huber, delta {self.delta:g}); "
+                  f"reached from {self.share_reached:.1%} of {self.n_starts} starts",
+                  f"residual spread {self.residuals.std():.4f} in log loss, largest {np.abs(self.residuals).max():.4f}"]
+        lines += [f"not determined: {note}" for note in self.boundary]
+        lines += [f"C = {row.train_flops:.3g} FLOP: N_opt {row.n_params:.3g} ({row.n_params_low:.3g} to "
+                  f"{row.n_params_high:.3g}), D_opt {row.data:.3g} ({row.data_low:.3g} to {row.data_high:.3g})"
+                  for row in frontier(self, budgets).itertuples()]
+        return "\n".join(lines)
+
+    def to_dict(self, budgets=()):
+        """JSON-ready summary: constants at the top level, their intervals under "intervals".
+
+        budgets: compute [FLOP] at which the compute-optimal run is listed under "frontier".
+        """
+        table, optimum = _without_nan(self.table()), frontier(self, budgets)
         absolute = np.abs(self.residuals)
-        none_if_nan = [[None if np.isnan(v) else v for v in pair] for pair in table[["low", "high"]].to_numpy().tolist()]
         return {**dict(zip(table.quantity, table.value)),
-                "intervals": dict(zip(table.quantity, none_if_nan)), "interval_level": 0.95,
+                "intervals": dict(zip(table.quantity, table[["low", "high"]].to_numpy().tolist())),
+                "interval_level": 0.95, "frontier": _without_nan(optimum).to_dict("records"),
                 "objective": self.objective, "huber_delta": self.delta,
                 "residual_spread": float(self.residuals.std()),
                 "residual_median_abs": float(np.median(absolute)), "residual_max_abs": float(absolute.max()),
@@ -82,6 +99,11 @@ class Fit:
                 "n_runs": len(self.loss), "n_starts": self.n_starts, "share_reached": self.share_reached,
                 "n_bootstrap": len(self.bootstrap), "share_boundary": self.share_boundary,
                 "boundary": list(self.boundary)}
+
+
+def _without_nan(table):
+    """The table with None for NaN, which JSON does not know."""
+    return table.astype(object).where(table.notna(), None)
 
 
 def check_runs(runs, data_column="n_examples"):
@@ -195,7 +217,7 @@ def _boundary(law, n_params, data, loss):
 def _boundary_share(n_params, data, loss, bootstrap):
     """Share of bootstrap resamples whose fit lies on the boundary."""
     if not len(bootstrap):
-        return float("nan")
+        return 0.0
     A, B, E, alpha, beta = bootstrap.T
     largest = np.stack([A * n_params.min() ** -alpha / loss.max(), B * data.min() ** -beta / loss.max(),
                         E / loss.min()])
@@ -248,8 +270,3 @@ def contours(law, levels, n_params, tokens_per_datum=1.0):
 def readings(runs, n_bootstrap=4000, seed=0):
     """The law fitted with every reading of D that the table offers: {data column: Fit}."""
     return {c: fit(runs, c, n_bootstrap, seed) for c in DATA_COLUMNS if c in runs.columns}
-
-
-def with_law(fitted, law):
-    """A Fit that carries another law (e.g. the paper's) and no intervals, for drawing it beside ours."""
-    return replace(fitted, law=law, bootstrap=np.empty((0, len(CONSTANTS))))
