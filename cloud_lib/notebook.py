@@ -53,7 +53,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
     try:
-        execute_notebook(source, hidden, parameters=parameters, kernel_name="python3",
+        execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
                          start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty())
         hidden.replace(target)
         failed.unlink(missing_ok=True)
