@@ -436,36 +436,23 @@ def _collisions(frame: pl.LazyFrame, style: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ packing
-def pack_corpus(corpus: Path, style: str, tokenizer, out_dir: Path, val_share: float = 0.2, seed: int = 0,
-                exclude: pl.DataFrame | None = None) -> dict:
-    """Packed training and validation tokens in `out_dir`/train and /val; returns the counts.
+def pack_corpus(corpus: Path, style: str, tokenizer, out_dir: Path, exclude: pl.DataFrame | None = None) -> dict:
+    """Packed tokens of the corpus, one string per (formula, space group); returns the counts.
 
-    The rows are shuffled once, so the first n training rows are nested subsets for any n. Validation crystals
-    share no (formula, space group), no canonical string and no string of this style with the training rows.
-    exclude: keys from `exclusion_keys`; their crystals take part in neither.
+    Pre-training splits off its validation rows itself, so that equal strings never stand on both sides.
+    exclude: keys from `exclusion_keys`; their crystals are left out.
 
     Raises:
         ValueError: no string of this style in the corpus.
     """
-    frame = _excluded(pl.read_parquet(corpus), exclude)
-    n_kept, frame = frame.height, frame.drop_nulls(style)
+    everything = pl.read_parquet(corpus)
+    kept = _excluded(everything, exclude)
+    frame = kept.drop_nulls(style)
     if frame.is_empty():
         raise ValueError(f"expected strings of style {style} in {corpus}, found none")
-    rng = np.random.default_rng(seed)
-    frame = frame[rng.permutation(frame.height)]
-    groups = frame.select(PAPER_KEY).unique(maintain_order=True)
-    is_val = groups.with_columns(is_val=np.arange(groups.height) < round(val_share * groups.height))
-    frame = frame.join(is_val, on=PAPER_KEY, how="left", maintain_order="left")
-    train, val = frame.filter(~pl.col("is_val")), frame.filter("is_val")
-    n_val = val.height
-    for column in {"canonical", style} & set(frame.columns):
-        val = val.join(train.select(column).unique(), on=column, how="anti", maintain_order="left")
-    counts = {"n_train": train.height, "n_val": val.height, "n_val_seen_in_train": n_val - val.height,
-              "n_without_string": n_kept - frame.height, "val_share": val_share, "seed": seed,
-              "excluded_test_crystals": exclude is not None}
-    for name, part in (("train", train), ("val", val)):
-        _pack(part[style].to_list(), style, tokenizer, Path(out_dir) / name, counts)
-    io.write_json(Path(out_dir) / "split.json", counts)
+    counts = {"n": frame.height, "n_distinct_strings": frame[style].n_unique(),
+              "n_without_string": kept.height - frame.height, "n_excluded": everything.height - kept.height}
+    _pack(frame[style].to_list(), style, tokenizer, Path(out_dir), counts)
     return counts
 
 

@@ -1,0 +1,242 @@
+"""The paper's figures as functions: a table in, a matplotlib figure out. Nothing is computed or written here."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullFormatter
+
+from .report import COLUMN_MM, PALETTE, TEXT_MM, figure_size, panel_letter
+
+PARTS = ("special", "generator", "Wyckoff", "element", "fraction")
+PART_COLOURS = ("#9a9a9a", PALETTE["blue"], PALETTE["orange"], PALETTE["green"], PALETTE["purple"])
+
+
+def _panels(width_mm: float, height_mm: float, rows: int = 1, columns: int = 1,
+            width_ratios: tuple[float, ...] | None = None) -> tuple[Figure, np.ndarray]:
+    """Figure of a given size in millimetres and its axes, lettered where there are several."""
+    fig, axes = plt.subplots(rows, columns, figsize=figure_size(width_mm, height_mm), layout="constrained",
+                             squeeze=False, width_ratios=width_ratios)
+    for letter, ax in zip("abcdefgh", axes.flat if axes.size > 1 else ()):
+        panel_letter(ax, letter)
+    return fig, axes
+
+
+def attention(tokens: list[str], parts: np.ndarray, weights: np.ndarray) -> Figure:
+    """Figure 1: attention over one symmetry string.
+
+    Args:
+        tokens: the n tokens, `[CLS]` and `[SEP]` included.
+        parts: (n,) index into `PARTS` of each token.
+        weights: (n, n) attention from row to column, rows sum to 1.
+    """
+    n = len(tokens)
+    fig, ((left, right),) = _panels(TEXT_MM, 88, columns=2, width_ratios=(1.25, 1))
+    image = left.imshow(weights, cmap="Blues", vmin=0, vmax=np.quantile(weights, 0.99), aspect="auto")
+    left.set(xticks=range(n), yticks=range(n), xlabel="attended token", ylabel="attending token")
+    left.set_xticklabels(tokens, rotation=90, fontsize=6)
+    left.set_yticklabels(tokens, fontsize=6)
+    for labels in (left.get_xticklabels(), left.get_yticklabels()):
+        for label, part in zip(labels, parts):
+            label.set_color(PART_COLOURS[part])
+    fig.colorbar(image, ax=left, label="attention weight", shrink=0.8, pad=0.02)
+    right.barh(range(n), weights[0], color=[PART_COLOURS[part] for part in parts])
+    right.set(yticks=range(n), xlabel="attention weight from [CLS]", ylim=(n - 0.5, -0.5))
+    right.set_yticklabels(tokens, fontsize=6)
+    handles = [Line2D([], [], marker="s", ls="", color=c) for c in PART_COLOURS[1:]]
+    right.legend(handles, PARTS[1:], frameon=False, loc="lower right")
+    return fig
+
+
+def corpus_overview(space_groups: pd.DataFrame, elements: pd.DataFrame, lengths: pd.DataFrame) -> Figure:
+    """Figure S1: crystals per space group and per element, and the lengths of the strings in each style.
+
+    Args:
+        space_groups: columns `space_group`, `n` [crystals].
+        elements: columns `element`, `n`, most frequent first.
+        lengths: columns `style`, `n_tokens` (without `[CLS]` and `[SEP]`), `n`.
+    """
+    fig, ((top,), (middle,), (bottom,)) = _panels(TEXT_MM, 110, rows=3)
+    top.bar(space_groups["space_group"], space_groups["n"], width=1.0, color=PALETTE["blue"])
+    top.set(xlabel="space-group number", ylabel="crystals", xlim=(0, 231), yscale="log")
+    middle.bar(elements["element"], elements["n"], color=PALETTE["green"])
+    middle.set(xlabel="element", ylabel="crystals", yscale="log", xlim=(-0.7, len(elements) - 0.3))
+    middle.tick_params(axis="x", labelrotation=90, labelsize=4.5, length=1.5)
+    for (style, rows), colour in zip(lengths.groupby("style", sort=False), PART_COLOURS[1:]):
+        share = rows["n"] / rows["n"].sum()
+        bottom.step(rows["n_tokens"], share, where="mid", color=colour, label=style)
+        longest = rows.loc[share.cumsum() < 0.995, "n_tokens"].max()
+        bottom.set_xlim(0, max(longest, bottom.get_xlim()[1] if bottom.lines[1:] else 0))
+    bottom.set(xlabel="tokens per string", ylabel="share of crystals", ylim=(0, None))
+    bottom.legend(frameon=False)
+    return fig
+
+
+def pretraining(log: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
+    """Figure S2: MLM loss during pre-training, and masked accuracy per part of the string.
+
+    Args:
+        log: columns `step`, `split` (train, val), `loss` [nats per masked token].
+        accuracy: one row per part of the string; columns `part`, `model`, `per-position`, `unigram`.
+    """
+    fig, ((left, right),) = _panels(TEXT_MM, 62, columns=2)
+    for split, colour, width in (("train", PALETTE["grey"], 0.7), ("val", PALETTE["blue"], 1.4)):
+        rows = log[log["split"] == split]
+        left.plot(rows["step"], rows["loss"], color=colour, lw=width, label={"val": "validation"}.get(split, split))
+    left.set(xlabel="step", ylabel="MLM loss (nats per masked token)", xlim=(0, None))
+    left.legend(frameon=False)
+    columns = [name for name in ("unigram", "per-position", "model") if name in accuracy]
+    colours = {"unigram": PALETTE["light"], "per-position": PALETTE["grey"], "model": PALETTE["blue"]}
+    positions = np.arange(len(accuracy))
+    for k, name in enumerate(columns):
+        right.bar(positions + (k - 1) * 0.27, accuracy[name], 0.27, color=colours[name], label=name)
+    right.set(xticks=positions, xticklabels=accuracy["part"], ylabel="accuracy on masked tokens", ylim=(0, 1.18))
+    right.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.2)
+    return fig
+
+
+def pretrained_vs_scratch(table: pd.DataFrame) -> Figure:
+    """Figure 2: MAE after pre-training and from scratch, with the reduction in per cent.
+
+    Args:
+        table: columns `task`, `mae_scratch`, `mae_pretrained` and their fold deviations `std_scratch`,
+            `std_pretrained`, in the task's unit.
+    """
+    fig, ((ax,),) = _panels(COLUMN_MM if len(table) < 5 else TEXT_MM, 66)
+    positions = np.arange(len(table))
+    for shift, name, colour in ((-0.2, "scratch", PALETTE["grey"]), (0.2, "pretrained", PALETTE["blue"])):
+        mae, std = table[f"mae_{name}"], table[f"std_{name}"]
+        label = {"scratch": "from scratch", "pretrained": "pre-trained"}[name]
+        ax.bar(positions + shift, mae, 0.38, yerr=std, color=colour, label=label, error_kw={"lw": 0.8})
+    ax.set(xticks=positions, ylabel="MAE (unit of each task)", yscale="log")
+    ax.set_xticklabels(table["task"], rotation=30 if len(table) > 3 else 0, ha="right" if len(table) > 3 else "center")
+    change = 100 * (table["mae_pretrained"] / table["mae_scratch"] - 1)
+    top = np.maximum(table["mae_scratch"] + table["std_scratch"], table["mae_pretrained"] + table["std_pretrained"])
+    for x, y, percent in zip(positions, top, change):
+        ax.annotate(f"{percent:+.1f} %", (x, y), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.12)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2, borderaxespad=0)
+    return fig
+
+
+def roc(curves: pd.DataFrame, solid: list[str], title: str | None = None) -> Figure:
+    """Figures 3 and 5: ROC curves, ordered by their area.
+
+    Args:
+        curves: columns `model`, `source`, `fpr`, `tpr`, `auc`; one row per point of a curve.
+        solid: models drawn with a solid line (ours), the others dashed.
+    """
+    order = curves.groupby("model")["auc"].first().sort_values(ascending=False)
+    colours = dict(zip(order.index, plt.get_cmap("viridis")(np.linspace(0.05, 0.92, len(order)))))
+    fig, ((ax,),) = _panels(COLUMN_MM * 1.2, COLUMN_MM * 1.2)
+    for model, auc in order.items():
+        rows = curves[curves["model"] == model]
+        ours = model in solid
+        style = {"color": PALETTE["red"], "lw": 1.8, "zorder": 5} if ours else {"color": colours[model], "ls": "--"}
+        ax.plot(rows["fpr"], rows["tpr"], label=f"{model}: {auc:.3f}", **{"lw": 0.9, **style})
+    ax.plot([0, 1], [0, 1], color="0.7", lw=0.7, ls=":")
+    ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1))
+    ax.set_aspect("equal")
+    ax.legend(frameon=False, title=title or "model: AUC", loc="lower right", fontsize=6 if len(order) > 8 else 7,
+              title_fontsize=7, alignment="left", labelspacing=0.3)
+    return fig
+
+
+def scaling_panels(runs: pd.DataFrame, finetuned: pd.DataFrame, unit: str) -> Figure:
+    """Figure 4: pre-training loss and fine-tuning error over data size and model size.
+
+    Args:
+        runs: columns `n_params_non_embedding`, `n_examples`, `val_loss`; several seeds are averaged.
+        finetuned: columns `init` (pretrained, scratch), `n_params_non_embedding`, `n_examples`, `mae`, `mae_std`;
+            scratch rows have no `n_examples`.
+        unit: unit of `mae`.
+    """
+    fig, axes = _panels(TEXT_MM, 128, rows=2, columns=2)
+    mean = runs.groupby(["n_params_non_embedding", "n_examples"], as_index=False)["val_loss"].mean()
+    _lines(axes[0, 0], mean, "n_examples", "n_params_non_embedding", "pre-training crystals", "parameters")
+    _lines(axes[0, 1], mean, "n_params_non_embedding", "n_examples", "non-embedding parameters", "crystals")
+    for ax, x in ((axes[1, 0], "n_examples"), (axes[1, 1], "n_params_non_embedding")):
+        _finetuned_panel(ax, finetuned, x)
+        ax.set_ylabel(f"test MAE ({unit})")
+    axes[1, 0].set_xlabel("pre-training crystals")
+    axes[1, 1].set_xlabel("non-embedding parameters")
+    return fig
+
+
+def _lines(ax: plt.Axes, table: pd.DataFrame, x: str, group: str, xlabel: str, legend: str) -> None:
+    """One line per `group`: validation loss over `x`, both axes logarithmic."""
+    groups = sorted(table[group].unique())
+    for value, colour in zip(groups, plt.get_cmap("viridis")(np.linspace(0.05, 0.88, len(groups)))):
+        rows = table[table[group] == value].sort_values(x)
+        ax.plot(rows[x], rows["val_loss"], "o-", ms=3, lw=1, color=colour, label=_short(value))
+    ax.set(xlabel=xlabel, ylabel="validation MLM loss (nats)", xscale="log", yscale="log")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    _plain_log_ticks(ax.yaxis, table["val_loss"])
+    ax.legend(frameon=False, title=legend, alignment="left", fontsize=6.5, title_fontsize=7, labelspacing=0.25)
+
+
+def _finetuned_panel(ax: plt.Axes, table: pd.DataFrame, x: str) -> None:
+    """Pre-trained models as points with fold deviations, the scratch twins beside them or as a band."""
+    pretrained = table[table["init"] == "pretrained"]
+    scratch = table[table["init"] == "scratch"]
+    other = {"n_examples": "n_params_non_embedding", "n_params_non_embedding": "n_examples"}[x]
+    rows = pretrained[pretrained[other] == pretrained[other].max()].sort_values(x)
+    ax.errorbar(rows[x], rows["mae"], rows["mae_std"], fmt="o-", ms=3, lw=1, capsize=2, color=PALETTE["blue"],
+                label="pre-trained")
+    if x == "n_params_non_embedding":
+        rows = scratch.sort_values(x)
+        ax.errorbar(rows[x], rows["mae"], rows["mae_std"], fmt="s--", ms=3, lw=1, capsize=2, color=PALETTE["grey"],
+                    label="from scratch")
+    else:
+        same = scratch[scratch[other] == scratch[other].max()]
+        ax.axhline(same["mae"].mean(), color=PALETTE["grey"], ls="--", lw=1, label="from scratch")
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.legend(frameon=False)
+
+
+def frontier(runs: pd.DataFrame, laws: dict[str, dict[str, np.ndarray]], budgets: np.ndarray) -> Figure:
+    """Figure 6: iso-loss contours over training compute and model size, with the compute-optimal frontier.
+
+    Args:
+        runs: our runs; columns `train_flops`, `n_params_non_embedding`, `val_loss`.
+        laws: name -> arrays of one fitted law: `flops` (nc,), `n` (nn,), `loss` (nn, nc), `n_opt` (len(budgets),) and,
+            where known, `n_low`, `n_high` (95 % interval of `n_opt`). The first is drawn filled, the others dashed.
+        budgets: compute budgets of the frontier [FLOPs].
+    """
+    fig, ((ax,),) = _panels(TEXT_MM * 0.72, 88)
+    for k, (name, law) in enumerate(laws.items()):
+        colour = (PALETTE["blue"], PALETTE["red"])[k]
+        levels = np.geomspace(np.nanmin(law["loss"]) * 1.02, np.nanquantile(law["loss"], 0.9), 12)
+        lines = ax.contour(law["flops"], law["n"], law["loss"], levels, linewidths=0.6 if k == 0 else 0.4,
+                           linestyles="-" if k == 0 else "--", cmap="viridis_r" if k == 0 else None,
+                           colors=None if k == 0 else [colour])
+        if k == 0:
+            ax.clabel(lines, fontsize=5.5, fmt="%.2f")
+        ax.plot(budgets, law["n_opt"], color=colour, lw=1.8, ls="-" if k == 0 else "--", label=f"{name}: optimum")
+        if "n_low" in law:
+            ax.fill_between(budgets, law["n_low"], law["n_high"], color=colour, alpha=0.18, lw=0)
+    ax.scatter(runs["train_flops"], runs["n_params_non_embedding"], s=9, c="black", zorder=5, label="our runs")
+    flops, sizes = next(iter(laws.values()))["flops"], next(iter(laws.values()))["n"]
+    ax.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="non-embedding parameters",
+           xlim=(flops.min(), flops.max()), ylim=(sizes.min(), sizes.max()))
+    ax.legend(frameon=True, framealpha=0.9, edgecolor="none", loc="upper left", fontsize=6.5)
+    return fig
+
+
+def _short(value: float) -> str:
+    """1234567 -> '1.2 M'."""
+    for scale, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def _plain_log_ticks(axis, values: pd.Series) -> None:
+    """Readable numbers on a logarithmic axis that spans less than a decade."""
+    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5) if values.min() * 0.8 < t < values.max() * 1.25]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
