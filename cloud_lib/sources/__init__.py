@@ -1,1 +1,46 @@
-"""Where crystals and labels come from: one module per origin, each fetched, verified and read into our columns."""
+"""Where crystals and labels come from: one module per origin, each fetched, verified and read into our columns.
+
+A task is a pandas DataFrame [material_id, structure, target, fold, row] whose `attrs` say what it is:
+`task`, `unit`, `rows` (here), `rows_official`, `folds` ("official" or "own (grouped by formula)"), `source`.
+Structures are plain dicts (pymatgen's or OPTIMADE's), not pymatgen objects: those are slow to build.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class NotAvailable(LookupError):
+    """Data that is not on this machine; the message says what to do."""
+
+
+class DamagedFile(ValueError):
+    """A file whose content is not what it should be; the message says what was expected and found."""
+
+
+def available_tasks() -> list[str]:
+    """Names of the tasks that load_task() can read now: MatBench, then UnconvBench."""
+    from cloud_lib.sources import embedded, matbench, unconvbench
+
+    present = [task for task in matbench.TASKS if matbench.path(task) or embedded.has_task(task)]
+    return present + [task for task in unconvbench.TASKS if unconvbench.path(task)]
+
+
+def load_task(task: str) -> "pd.DataFrame":
+    """Table of one MatBench or UnconvBench task: the folder raw_dir() first, then the embedded crystals.
+
+    Raises:
+        ValueError: no task has this name.
+        NotAvailable: its file is not on this machine.
+    """
+    from cloud_lib.sources import embedded, matbench, unconvbench
+
+    if task in unconvbench.TASKS:
+        return unconvbench.load(task)
+    if task not in matbench.TASKS:
+        known = [*matbench.TASKS, *unconvbench.TASKS]
+        raise ValueError(f"expected a task of {known}, found {task!r}; correct the parameter")
+    if matbench.path(task) is None and embedded.has_task(task):
+        return embedded.load_task(task)
+    return matbench.load(task)

