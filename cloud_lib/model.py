@@ -1,0 +1,323 @@
+"""The encoder: transformers' BERT weights, evaluated on packed tokens without padding.
+
+Linear layers, layer norms and GELU see one (n_tokens, width) array; attention alone needs to know where the
+strings begin and end. A batch is sorted by length, so it is a few runs of equal length: each run is one dense
+attention call without mask and without a padded token. On CUDA in half precision one variable-length kernel does
+all runs. The outputs are those of the padded transformers model on the same weights (tests/test_model.py).
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from cloud_lib import io
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older torch: the runs of equal length serve CUDA too
+    varlen_attn = None
+
+WEIGHTS_FILE, HEAD_FILE, META_FILE = "model.safetensors", "head.safetensors", "cloud.json"
+TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # transformers ties them on loading
+
+
+# ---------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Size of the encoder; the paper's is 12 layers, 12 heads, 768 wide (Table 4).
+
+    vocab_size None = the data's vocabulary. Attention weights have no dropout (the variable-length kernel has
+    none); `dropout` acts on the embeddings and on each sub-layer's output, as in BERT.
+    """
+
+    n_layers: int = 12
+    n_heads: int = 12
+    head_dim: int = 64
+    vocab_size: int | None = None
+    max_positions: int = 64
+    dropout: float = 0.1
+
+    @property
+    def width(self) -> int:
+        return self.n_heads * self.head_dim
+
+    def bert_config(self) -> BertConfig:
+        """The same as a transformers configuration.
+
+        Raises:
+            ValueError: a size is missing or not positive.
+        """
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "head_dim": self.head_dim,
+                 "vocab_size": self.vocab_size, "max_positions": self.max_positions}
+        if wrong := {name: value for name, value in sizes.items() if not value or value < 1}:
+            raise ValueError(f"expected positive encoder sizes, found {wrong}")
+        return BertConfig(
+            vocab_size=self.vocab_size, hidden_size=self.width, num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads, intermediate_size=4 * self.width,
+            max_position_embeddings=self.max_positions, hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=0.0, type_vocab_size=2, pad_token_id=0)
+
+    @classmethod
+    def from_bert(cls, config: BertConfig) -> "EncoderConfig":
+        return cls(n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
+                   head_dim=config.hidden_size // config.num_attention_heads, vocab_size=config.vocab_size,
+                   max_positions=config.max_position_embeddings, dropout=config.hidden_dropout_prob)
+
+
+# ------------------------------------------------------------------------------------ the packed forward
+class Packed(NamedTuple):
+    """A batch on the device: N tokens of B strings, shortest string first."""
+
+    input_ids: Tensor      # (N,) int64
+    position_ids: Tensor   # (N,) int64
+    starts: Tensor         # (B + 1,) int32, first token of each string, then N
+    masked: Tensor         # (M,) int64, places among the N tokens where a loss is taken
+    labels: Tensor         # (M,) int64, true ids there
+    target: Tensor         # (B,) float32, z-scored; empty in pre-training
+    runs: tuple[tuple[int, int], ...] | None  # (strings, length) of each run of equal length; None = varlen kernel
+    longest: int           # upper bound of the lengths
+
+    @classmethod
+    def of(cls, batch: Any, device: torch.device | str = "cpu", varlen: bool = False,
+           target: np.ndarray | None = None) -> "Packed":
+        """From a dataset.Batch; copies to a GPU without waiting for it.
+
+        Args:
+            varlen: attend with CUDA's variable-length kernel (half precision only).
+            target: (B,) in the order of batch.rows.
+        """
+        if np.any(np.diff(batch.lengths) < 0):
+            raise ValueError("expected strings sorted by length, found them unsorted; use dataset.make_batch")
+        starts = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
+        target = np.empty(0, np.float32) if target is None else target.astype(np.float32)
+        arrays = (batch.input_ids, batch.position_ids(), starts, batch.masked, batch.labels, target)
+        tensors = [_to_device(torch.from_numpy(array), torch.device(device)) for array in arrays]
+        length, count = np.unique(batch.lengths, return_counts=True)
+        runs = None if varlen else tuple(zip(count.tolist(), length.tolist()))
+        return cls(*tensors, runs, 64 * -(-int(length[-1]) // 64))  # few values, so that torch.compile compiles once
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def encode(bert: BertModel, batch: Packed) -> Tensor:
+    """Last hidden states of all tokens, (N, width)."""
+    x = bert.embeddings(batch.input_ids[None], position_ids=batch.position_ids[None])[0]
+    for layer in bert.encoder.layer:
+        attention = layer.attention
+        heads = (-1, attention.self.num_attention_heads, attention.self.attention_head_size)
+        q, k, v = (linear(x).view(heads) for linear in (attention.self.query, attention.self.key,
+                                                        attention.self.value))
+        x = attention.output(attend(q, k, v, batch), x)
+        x = layer.output(layer.intermediate(x), x)
+    return x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed) -> Tensor:
+    """Softmax attention inside each string; q, k, v (N, heads, head_dim) -> (N, heads * head_dim)."""
+    if batch.runs is None:
+        return varlen_attn(q, k, v, batch.starts, batch.starts, batch.longest, batch.longest).flatten(1)
+    tokens = [count * length for count, length in batch.runs]
+    parts = zip(q.split(tokens), k.split(tokens), v.split(tokens), batch.runs)
+    return torch.cat([_attend_run(*qkv, *run) for *qkv, run in parts])
+
+
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, count: int, length: int) -> Tensor:
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * length, -1)
+
+
+class MaskedLM(nn.Module):
+    """Encoder and MLM head; the head sees the masked tokens only."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.encoder = config
+        self.mlm = BertForMaskedLM(config.bert_config())
+
+    def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Sum of the masked tokens' losses [nats], and their logits (M, vocab_size)."""
+        x = encode(self.mlm.bert, batch)
+        logits = self.mlm.cls(x.index_select(0, batch.masked)).float()
+        return F.cross_entropy(logits, batch.labels, reduction="sum"), logits
+
+
+class Regressor(nn.Module):
+    """Encoder and a head on [CLS]: dropout, `n_hidden` layers with SiLU, one linear output (z-scored target)."""
+
+    def __init__(self, bert: BertModel, n_hidden: int = 1, hidden_width: int | None = None, dropout: float = 0.1):
+        super().__init__()
+        if n_hidden < 0:
+            raise ValueError(f"expected n_hidden >= 0, found {n_hidden}")
+        width = bert.config.hidden_size
+        self.bert = bert
+        self.head_config = {"n_hidden": n_hidden, "hidden_width": hidden_width or width, "dropout": dropout}
+        layers: list[nn.Module] = [nn.Dropout(dropout)]
+        for _ in range(n_hidden):
+            layers += [nn.Linear(width, hidden_width or width), nn.SiLU()]
+            width = hidden_width or width
+        self.head = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, batch: Packed) -> Tensor:
+        """Predicted z-scored target, (B,)."""
+        cls = encode(self.bert, batch).index_select(0, batch.starts[:-1])
+        return self.head(cls)[:, 0].float()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """torch's random numbers inside the block depend on `seed` alone; outside they go on undisturbed."""
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ counts
+def n_params_non_embedding(config: EncoderConfig) -> int:
+    """Weights of the encoder's layers, the paper's N (Eq. 1): 85,054,464 for 12 x 768."""
+    w = config.width
+    return config.n_layers * (4 * (w * w + w) + 2 * (4 * w * w) + 4 * w + w + 4 * w)
+
+
+def n_params_total(module: nn.Module) -> int:
+    """All distinct parameters (tied ones once)."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def forward_flops(config: EncoderConfig, lengths: np.ndarray, n_masked: int = 0) -> dict[str, int]:
+    """Exact matrix-multiplication FLOPs of one forward pass by part (tested with torch's FlopCounterMode)."""
+    w, n, per_layer = config.width, int(lengths.sum()), config.n_layers
+    return {
+        "query_key_value": per_layer * 2 * n * w * 3 * w,
+        "attention_scores": per_layer * 4 * w * int((lengths.astype(np.int64) ** 2).sum()),
+        "attention_output": per_layer * 2 * n * w * w,
+        "feed_forward": per_layer * 2 * n * 2 * (4 * w * w),
+        "mlm_head": 2 * n_masked * (w * w + w * (config.vocab_size or 0)),
+    }
+
+
+# --------------------------------------------------------------------------------------- saving, loading
+def save_model(model: MaskedLM | Regressor, out_dir: str | os.PathLike, meta: dict[str, Any],
+               tokenizer_dir: Path | None = None) -> Path:
+    """Write a model folder atomically: transformers' files, cloud.json, and the head of a regressor.
+
+    Args:
+        meta: written to cloud.json; has to name the vocabulary (vocab_sha256, vocab_version, vocab_size).
+        tokenizer_dir: folder whose tokenizer*.json are copied, so that AutoTokenizer finds them.
+    """
+    with io.atomic_path(out_dir) as folder:
+        folder.mkdir()
+        core = model.mlm if isinstance(model, MaskedLM) else model.bert
+        core.config.architectures = [type(core).__name__]
+        core.config.save_pretrained(folder)
+        save_file({name: value.detach().cpu().contiguous() for name, value in core.state_dict().items()
+                   if name not in TIED}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if isinstance(model, Regressor):
+            save_file({name: value.contiguous().cpu() for name, value in model.head.state_dict().items()},
+                      folder / HEAD_FILE)
+            meta = meta | {"head": model.head_config}
+        for file in sorted(tokenizer_dir.glob("*token*.json")) if tokenizer_dir else []:
+            shutil.copy(file, folder / file.name)
+        io.write_json(folder / META_FILE, meta)
+    return Path(out_dir)
+
+
+def load_encoder(source: str, vocab_sha256: str | None = None, vocab_size: int | None = None) -> BertModel:
+    """Pre-trained encoder from a model folder or, as "hub:OWNER/NAME[/SUBFOLDER]", from the Hugging Face Hub.
+
+    A hub model may have more embedding rows than our vocabulary (the published weights have 30,522): cropped.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another vocabulary, or weights that cannot be read.
+    """
+    if source.startswith("hub:"):
+        owner, name, *rest = source.removeprefix("hub:").split("/")
+        bert = BertModel.from_pretrained(f"{owner}/{name}", subfolder="/".join(rest), add_pooling_layer=False)
+        return crop_vocab(bert, vocab_size) if vocab_size else bert
+    path = Path(source)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"expected a model folder at {source}, found none; run the pre-training first, "
+                                'or say init="scratch"')
+    meta = io.read_json(path / META_FILE) if (path / META_FILE).is_file() else {}
+    found = meta.get("vocab_sha256")
+    if vocab_sha256 and found and found != vocab_sha256:
+        raise ValueError(f"expected a model with the data's vocabulary {vocab_sha256[:12]}, found {found[:12]} "
+                         f"({meta.get('vocab_version')}) in {source}; pre-train on strings of this vocabulary")
+    try:
+        bert = _read_encoder(path)
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"expected readable weights in {source}, found damage: {error}; run it again") from error
+    return crop_vocab(bert, vocab_size) if vocab_size and not found else bert
+
+
+def _read_encoder(path: Path) -> BertModel:
+    """Encoder of a folder written by save_model (with or without MLM head) or by transformers."""
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        return BertModel.from_pretrained(path, add_pooling_layer=False)
+    bert = BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False)
+    state = {name.removeprefix("bert."): value for name, value in load_file(file).items()}
+    bert.load_state_dict({name: state[name] for name in bert.state_dict()})
+    return bert
+
+
+def crop_vocab(bert: BertModel, vocab_size: int) -> BertModel:
+    """Drop embedding rows beyond the vocabulary.
+
+    Raises:
+        ValueError: the model has fewer rows than the vocabulary has tokens.
+    """
+    rows = bert.config.vocab_size
+    if rows < vocab_size:
+        raise ValueError(f"expected at least {vocab_size} embedding rows, found {rows}; use the model's tokenizer")
+    if rows > vocab_size:
+        bert.resize_token_embeddings(vocab_size)
+    return bert
+
+
+def load_regressor(path: str | os.PathLike) -> tuple[Regressor, dict[str, Any]]:
+    """Fine-tuned model and its cloud.json (vocabulary, task, mean and std of the target).
+
+    Raises:
+        FileNotFoundError: the folder holds no fine-tuned model.
+    """
+    path = Path(path)
+    if not (path / HEAD_FILE).is_file():
+        raise FileNotFoundError(f"expected a fine-tuned model with {HEAD_FILE} in {path}, found none; "
+                                "run finetune, or give the folder <unit>/model")
+    meta = io.read_json(path / META_FILE)
+    model = Regressor(load_encoder(str(path)), **meta["head"])
+    model.head.load_state_dict(load_file(path / HEAD_FILE))
+    return model.eval(), meta
+
+
+def encoder_config(bert: BertModel) -> EncoderConfig:
+    """Our configuration of a loaded encoder."""
+    return EncoderConfig.from_bert(bert.config)
+
+
+def with_vocab(config: EncoderConfig, vocab_size: int) -> EncoderConfig:
+    """`config` for a vocabulary.
+
+    Raises:
+        ValueError: it already names another size.
+    """
+    if config.vocab_size not in (None, vocab_size):
+        raise ValueError(f"expected vocab_size {vocab_size} as in the data, found {config.vocab_size}; leave it None")
+    return dataclasses.replace(config, vocab_size=vocab_size)

@@ -1,0 +1,225 @@
+"""Training units as processes of their own: many small ones side by side, or one on several GPUs.
+
+A unit is a dictionary {"kind": "pretrain" | "finetune", "config": {...}, "data_dir", "out_dir"} of plain JSON
+values. Workers read units from standard input one after another, so that torch is imported once per worker and
+not once per unit. Nothing here imports torch before a worker starts.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from cloud_lib import io
+
+KINDS = ("pretrain", "finetune")
+UNIT_KEYS = {"kind", "config", "data_dir", "out_dir", "restart"}
+ANSWER = "unit-result "  # start of a worker's answer line
+
+
+def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worker: int = 1,
+              progress: bool = True) -> list[dict[str, Any]]:
+    """Run units in `n_workers` processes and return their results in order.
+
+    A unit that has finished with the same settings and data is not run again; an interrupted one continues. A
+    folder that holds another unit's run is begun anew, unless the unit says "restart": false.
+
+    Args:
+        threads_per_worker: OMP_NUM_THREADS of each process; processes x threads should not exceed the cores.
+    Raises:
+        ValueError: a unit is malformed.
+        RuntimeError: units failed (after the others have finished); names each with its last lines.
+    """
+    for unit in units:
+        _check(unit)
+    todo: queue.Queue[int] = queue.Queue()
+    results: dict[int, dict[str, Any]] = {i: found for i, unit in enumerate(units) if (found := _done(unit))}
+    for i in range(len(units)):
+        if i not in results:
+            todo.put(i)
+    failures: dict[int, str] = {}
+    n_processes = min(n_workers, todo.qsize())
+    with tqdm(total=len(units), initial=len(results), desc="units", disable=None if progress else True) as bar, \
+            _workers(n_processes, threads_per_worker) as workers:
+        threads = [threading.Thread(target=_serve, args=(worker, units, todo, results, failures, bar), daemon=True)
+                   for worker in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # a join without limit would not see an interrupt
+                thread.join(0.2)
+    if failures:
+        first = "\n".join(f"--- {units[i]['out_dir']}\n{text}" for i, text in sorted(failures.items())[:3])
+        raise RuntimeError(f"{len(failures)} of {len(units)} units failed; the last lines of the first "
+                           f"{min(3, len(failures))}:\n{first}\nRun again to retry them; finished units are kept")
+    return [results[i] for i in range(len(units))]
+
+
+def launch(unit: dict[str, Any], n_processes: int, threads_per_process: int | None = None) -> dict[str, Any]:
+    """Train one unit with several processes (one per GPU, or per share of the CPU's cores) through torchrun.
+
+    Equal to `torchrun --standalone --nproc-per-node N -m cloud_lib.train UNIT.json` on the command line.
+    Raises:
+        ValueError: the unit is malformed.
+        RuntimeError: it failed; with its last lines.
+    """
+    _check(unit)
+    if found := _done(unit):
+        return found
+    file = io.write_json(Path(unit["out_dir"]) / "unit.json", unit)
+    threads = threads_per_process or max(1, (os.cpu_count() or 1) // n_processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes),
+               "-m", "cloud_lib.train", str(file)]
+    child = subprocess.Popen(command, env=_environment(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True)
+    with _ended(child):
+        lines = list(child.stdout)
+        if child.wait() != 0:
+            raise RuntimeError(f"training of {unit['out_dir']} with {n_processes} processes ended with status "
+                               f"{child.returncode}; last lines:\n{''.join(lines[-15:])}")
+    return io.read_json(Path(unit["out_dir"]) / "result.json")
+
+
+def _check(unit: dict[str, Any]) -> None:
+    missing, unknown = sorted(UNIT_KEYS - {"restart"} - set(unit)), sorted(set(unit) - UNIT_KEYS)
+    if missing or unknown or unit["kind"] not in KINDS:
+        raise ValueError(f"expected a unit with {sorted(UNIT_KEYS)} and kind {KINDS}, found kind "
+                         f"{unit.get('kind')!r}, missing {missing}, unknown {unknown}")
+
+
+def unit_hash(unit: dict[str, Any]) -> str:
+    """What the unit's result depends on: its settings, the data's checksums and the initial weights."""
+    config = {key: value for key, value in io.plain(unit["config"]).items() if key != "run"}
+    inputs = [Path(unit["data_dir"]) / "meta.json"]
+    if (init := config.get("init", "scratch")) != "scratch" and not init.startswith("hub:"):
+        inputs.append(Path(init) / "model.safetensors")
+    hashes = [io.sha256(file) if file.is_file() else None for file in inputs]
+    return io.config_hash([unit["kind"], config, hashes])
+
+
+def _done(unit: dict[str, Any]) -> dict[str, Any] | None:
+    """Result of a unit that has finished exactly like this one."""
+    out_dir = Path(unit["out_dir"])
+    stamp, result = out_dir / "unit_hash.json", out_dir / "result.json"
+    if stamp.is_file() and result.is_file() and io.read_json(stamp) == unit_hash(unit):
+        return io.read_json(result)
+    return None
+
+
+# ---------------------------------------------------------------------------------- the parent's side
+def _environment(threads: int) -> dict[str, str]:
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def _workers(n: int, threads: int) -> Iterator[list[subprocess.Popen]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(_ended(subprocess.Popen(
+            [sys.executable, "-m", "cloud_lib.train", "--worker"], env=_environment(threads), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE))) for _ in range(n)]
+
+
+@contextlib.contextmanager
+def _ended(child: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """The child has ended when the block is left; an exception (Ctrl-C) asks it to save and exit first."""
+    try:
+        yield child
+    except BaseException:
+        child.terminate()
+        raise
+    finally:
+        if child.stdin:
+            child.stdin.close()
+        child.wait()
+        child.stdout.close()
+
+
+def _serve(worker: subprocess.Popen, units: Sequence[dict[str, Any]], todo: queue.Queue, results: dict[int, Any],
+           failures: dict[int, str], bar: tqdm) -> None:
+    """Give one worker unit after unit until none is left or the worker dies."""
+    with contextlib.suppress(queue.Empty):
+        while worker.poll() is None:
+            i = todo.get_nowait()
+            answer = _ask(worker, units[i])
+            if "error" in answer:
+                failures[i] = answer["error"]
+            else:
+                results[i] = answer["result"]
+            bar.update(1)
+
+
+def _ask(worker: subprocess.Popen, unit: dict[str, Any]) -> dict[str, Any]:
+    try:
+        worker.stdin.write(json.dumps(io.plain(unit)) + "\n")
+        worker.stdin.flush()
+        for line in worker.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+    except (BrokenPipeError, ValueError):
+        pass
+    return {"error": f"the process ended with status {worker.wait()} (negative: killed by that signal)"}
+
+
+# ----------------------------------------------------------------------------------- the worker's side
+def worker_main(arguments: Sequence[str]) -> int:
+    """`python -m cloud_lib.train UNIT.json | UNITS.json | --worker`; returns the exit status."""
+    if len(arguments) != 1:
+        print("usage: python -m cloud_lib.train UNIT.json  (a unit or a list of units)", file=sys.stderr)
+        return 2
+    if arguments[0] == "--worker":
+        return _work()
+    content = io.read_json(arguments[0])
+    for unit in content if isinstance(content, list) else [content]:
+        _check(unit)
+        _run_one(unit)
+    return 0
+
+
+def _run_one(unit: dict[str, Any]) -> dict[str, Any]:
+    from cloud_lib import train
+
+    config_class, function = {"pretrain": (train.PretrainConfig, train.pretrain),
+                              "finetune": (train.FinetuneConfig, train.finetune)}[unit["kind"]]
+    stamp = unit_hash(unit)
+    result = function(train.from_dict(config_class, unit["config"]), unit["data_dir"], unit["out_dir"],
+                      restart=unit.get("restart", True))
+    if int(os.environ.get("RANK", 0)) == 0:
+        io.write_json(Path(unit["out_dir"]) / "unit_hash.json", stamp)
+    return result
+
+
+def _work() -> int:
+    """Run the units that arrive on standard input; when the parent is gone, save and exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
+    lines: queue.Queue[str | None] = queue.Queue()
+    busy = threading.Event()
+    threading.Thread(target=_listen, args=(lines, busy), daemon=True).start()
+    while (line := lines.get()) is not None:
+        busy.set()
+        try:
+            answer = {"result": _run_one(json.loads(line))}
+        except Exception:  # whatever a unit dies of is the parent's to report
+            answer = {"error": "".join(traceback.format_exc().splitlines(keepends=True)[-12:])}
+        busy.clear()
+        print(ANSWER + json.dumps(io.plain(answer)), flush=True)
+    return 0
+
+
+def _listen(lines: queue.Queue, busy: threading.Event) -> None:
+    for line in sys.stdin:
+        lines.put(line)
+    if busy.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+    lines.put(None)
