@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all help data lab test lock clean $(NAMES)
+.PHONY: all help data lab test clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 

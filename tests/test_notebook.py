@@ -7,10 +7,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from cloud_lib.cli import main
-from cloud_lib.notebook import NotebookError, check_parameters, parameter_defaults, read_parameters, run_notebook
+from cloud_lib.notebook import (
+    NotebookError, check_parameters, parameter_defaults, read_parameters, run_notebook,
+)
 
-DEFAULTS = {"profile": "demo", "learning_rate": 1e-4, "n_layers": 12, "tasks": ["dielectric"], "elements": ["Na"],
-            "limit": None, "shuffle": True}
+DEFAULTS = {"profile": "demo", "learning_rate": 1e-4, "n_layers": 12, "tasks": ["dielectric"],
+            "elements": ["Na"], "limit": None, "shuffle": True}
 
 
 def _write(path: Path, *cells: str, parameters: str = "profile = 'demo'\nx = 1.0") -> Path:
@@ -31,7 +33,7 @@ def test_failed_run_keeps_the_last_good_product_and_a_traceback(tmp_path, capsys
     _write(source, "print(profile)", "y = 1\n1 / (y - 1)")
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "01_a.ipynb failed in cell [4] `y = 1`: ZeroDivisionError: division by zero; traceback in" in message
+    assert "failed in cell [4] `y = 1`: ZeroDivisionError: division by zero; traceback in" in message
     assert target.read_bytes() == good
     failed = target.with_suffix(".failed.ipynb")
     assert "ZeroDivisionError" in failed.read_text()

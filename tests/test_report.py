@@ -93,8 +93,10 @@ def test_readme_block(products):
         report.update_readme("demo")
 
 
-@pytest.mark.parametrize("table, column", [("table1_matbench_mae", "matbench"), ("table2_unconvbench_mae", "unconvbench"),
-                                           ("table6_discovery_metrics", "discovery")])
+@pytest.mark.parametrize("table, column", [
+    ("table1_matbench_mae", "matbench"), ("table2_unconvbench_mae", "unconvbench"),
+    ("table6_discovery_metrics", "discovery"),
+])
 def test_registry_covers_the_papers_tables(table, column):
     models = set(report.paper_values(table)["model"]) - {"CLOUD"}
     registered = {model.name for model in (*baselines.PAPER_BASELINES, *baselines.OWN_BASELINES)

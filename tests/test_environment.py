@@ -1,0 +1,174 @@
+"""One set of versions in three files; imports that point one way."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cloud_lib"
+
+# Which modules of cloud_lib a module may import (STAGES: the way of the data; cli may import anything).
+ARROWS = {
+    "io": set(),
+    "spacegroups": set(),
+    "symmetry": {"spacegroups"},
+    "representation": {"symmetry", "spacegroups"},
+    "tokenizer": {"spacegroups"},
+    "sources": {"io", "sources", "symmetry"},
+    "curation": {"io", "symmetry", "representation", "tokenizer", "dataset", "sources"},
+    "dataset": {"io"},
+    "model": {"io"},
+    "checkpoint": {"io", "model"},
+    "runtime": {"io", "dataset", "model", "checkpoint"},
+    "train": {"io", "dataset", "model", "checkpoint", "runtime", "train"},
+    "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
+    "metrics": set(),
+    "powerlaw": set(),
+    "scaling": {"io", "powerlaw"},
+    "scaling_checks": {"powerlaw", "scaling"},
+    "report": {"io"},
+    "figures": {"report"},
+    "baselines": set(),
+    "notebook": set(),
+}
+# A training node has torch, transformers, NumPy and the packed arrays, nothing else.
+TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "train", "predict"}
+SAME = {"units": "train"}  # train's processes: each starts the other
+TRAINING_NODE = {"numpy", "torch", "transformers", "safetensors", "tqdm"}
+OPTIONAL = {"wandb", "tensorboard"}  # experiment trackers, used if they are there
+USE_TORCH = {"model", "train", "predict", "checkpoint", "runtime"}
+
+
+def _lock() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def _project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _direct() -> list[Requirement]:
+    """What `make all` and `make test` need: all but the cluster extra."""
+    project = _project()["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "cluster"]
+    return [Requirement(line) for group in (project["dependencies"], *extras) for line in group]
+
+
+def test_every_version_in_the_lock_is_exact():
+    assert all(re.fullmatch(r"==[0-9a-z.]+", str(pin.specifier)) for pin in _lock().values())
+    assert str(_lock()["torch"].specifier) == "==2.13.0"  # without a local tag: one file for CPU and CUDA
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"nvidia|://|^--|--hash", text, re.M)
+
+
+def test_pyproject_agrees_with_the_lock():
+    lock = _lock()
+    build = Requirement(_project()["build-system"]["requires"][0])  # installed, as the build is not isolated
+    pins = {canonicalize_name(pin.name): pin for pin in [*_direct(), build]}
+    assert {name: lock.get(name) for name in pins} == pins
+
+
+def test_conda_installs_the_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert packages == {"pip": ["--requirement requirements.lock"]} and pip == "pip"
+    version = tuple(map(int, python.removeprefix("python=").split(".")))
+    assert _project()["project"]["requires-python"] == ">=3.11" and version >= (3, 11)
+
+
+def test_the_lock_is_complete():
+    """What the locked packages need on this platform is in the lock, at a version that suits all of them."""
+    lock, gaps = _lock(), []
+    for pin in lock.values():
+        if pin.marker and not pin.marker.evaluate():
+            continue
+        for line in importlib.metadata.requires(pin.name) or []:
+            need = Requirement(line)
+            if need.marker and not need.marker.evaluate({"extra": ""}):
+                continue
+            found = lock.get(canonicalize_name(need.name))
+            version = str(found.specifier)[2:] if found else None
+            vendor = re.match(r"nvidia|cuda|triton", need.name)  # torch pins these itself, per platform
+            if not vendor and (version is None or not need.specifier.contains(version, prereleases=True)):
+                gaps.append(f"{pin} needs {need}, the lock has {version}")
+    assert gaps == []
+
+
+# -------------------------------------------------------------------------------------------- imports
+def _module(file: Path) -> str:
+    """Key in ARROWS: the first name below cloud_lib."""
+    name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return SAME.get(name, name)
+
+
+def _imports(file: Path) -> Iterator[tuple[str, str]]:
+    """(top-level package, module of cloud_lib or "") of every import, also of those inside functions."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(node, file)
+            names = [f"cloud_lib.{alias.name}" for alias in node.names] if module == "cloud_lib" else [module]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield parts[0], parts[1] if parts[0] == "cloud_lib" and len(parts) > 1 else ""
+
+
+def _absolute(node: ast.ImportFrom, file: Path) -> str:
+    """Name of the module that `from ... import` names, `.` and `..` resolved."""
+    if not node.level:
+        return node.module
+    folder = file.relative_to(ROOT).parts[:-node.level]
+    return ".".join([*folder, *filter(None, [node.module])])
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if _module(file) not in ("cli", "__init__", "__main__"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(file):
+    module, imports = _module(file), set(_imports(file))
+    assert module in ARROWS, f"say in ARROWS what {module} may import"
+    own = {SAME.get(name, name) for package, name in imports if package == "cloud_lib"} - {"", "__version__"}
+    assert own <= ARROWS[module]
+    packages = {package for package, _ in imports}
+    assert module in USE_TORCH or not packages & {"torch", "transformers"}
+    if module in TRAINING:
+        assert packages <= TRAINING_NODE | OPTIONAL | _standard_library() | {"cloud_lib"}
+
+
+def test_what_is_imported_is_a_direct_dependency():
+    """Nothing rests on a package that is there only because another one needs it."""
+    providers = importlib.metadata.packages_distributions()
+    direct = {canonicalize_name(pin.name) for pin in _direct()} | {"setuptools"}
+    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    used = {package: file.name for file in sources for package, _ in _imports(file)}
+    unnamed = {package: file for package, file in used.items()
+               if package not in _standard_library() | OPTIONAL | {"cloud_lib", "tests"}
+               and not direct & {canonicalize_name(name) for name in providers.get(package, [package])}}
+    assert unnamed == {}
+
+
+def test_arrows_form_no_cycle():
+    order: list[str] = []
+    while rest := [m for m in ARROWS if m not in order]:
+        free = [m for m in rest if ARROWS[m] - {m} <= set(order)]
+        assert free, f"cycle among {rest}"
+        order += free
+
+
+def _standard_library() -> set[str]:
+    return set(sys.stdlib_module_names)

@@ -1,0 +1,124 @@
+"""The build graph, run with the real Makefile and a stand-in for Python that only copies notebooks."""
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ("01_data_curation", "02_pretraining", "03_matbench", "04_discovery", "05_unconvbench",
+         "06_scaling_law")
+PYTHON = """#!/bin/sh
+case "$3" in
+  notebook) echo "run $4"; mkdir -p "$(dirname "$5")"; grep -q fail "$4" && exit 2; cp "$4" "$5" ;;
+  *) echo "run $3 $4"; [ -z "$4" ] || { mkdir -p "$4"; touch "$4/SYNTHETIC.txt"; } ;;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run make in a copy of the repository's build files; returns the notebooks and commands that it ran."""
+    for folder in ("notebooks", "params/demo", "params/smoke", "cloud_lib/sources", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (tmp_path / file).write_text((REPOSITORY / file).read_text())
+    for name in NAMES:
+        (tmp_path / f"notebooks/{name}.ipynb").write_text("ok")
+        for profile in ("demo", "smoke"):
+            (tmp_path / f"params/{profile}/{name}.yaml").touch()
+    (tmp_path / "cloud_lib/sources/miniature.py").touch()
+    (tmp_path / ".venv/bin/python").write_text(PYTHON)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / ".venv/.installed").touch()
+    clean = {key: value for key, value in os.environ.items()
+             if not key.startswith(("MAKE", "MFLAGS", "CLOUD_", "PROFILE"))}
+
+    def run(*arguments: str, status: int = 0) -> list[str]:
+        done = subprocess.run(["make", *arguments], cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        run.stderr = done.stderr
+        return [line.removeprefix("run ").removeprefix("notebooks/").removesuffix(".ipynb").strip()
+                for line in done.stdout.splitlines() if line.startswith("run ")]
+
+    run.root = tmp_path
+    return run
+
+
+def test_the_makefile_knows_every_notebook():
+    ruled = set(re.findall(r"^\$\(BUILD\)/(\d\d_\w+)\.ipynb:", (REPOSITORY / "Makefile").read_text(), re.M))
+    assert ruled == set(NAMES) == {file.stem for file in (REPOSITORY / "notebooks").glob("*.ipynb")}
+
+
+def test_all_runs_everything_once(make):
+    assert make("all") == ["data", *NAMES]
+    started = time.monotonic()
+    assert make("all") == []
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("touched, rerun", [
+    ("notebooks/01_data_curation.ipynb", NAMES),
+    ("params/demo/03_matbench.yaml", ("03_matbench", "06_scaling_law")),
+    ("notebooks/05_unconvbench.ipynb", ("05_unconvbench",)),
+    ("params/smoke/03_matbench.yaml", ()),
+    ("cloud_lib/sources/miniature.py", ()),
+])
+def test_a_touched_file_reruns_what_depends_on_it(make, touched, rerun):
+    make("all")
+    (make.root / touched).touch()
+    assert make("all") == list(rerun)
+
+
+@pytest.mark.parametrize("target", ["03", "matbench", "03_matbench"])
+def test_one_notebook_by_number_or_name(make, target):
+    assert make(target) == ["data", *NAMES[:3]]
+
+
+def test_smoke_runs_on_the_miniature_whatever_the_data_folder(make):
+    assert make("all", "PROFILE=smoke", "CLOUD_DATA=/elsewhere") == ["miniature data/miniature", *NAMES]
+    assert (make.root / "build/smoke/input.txt").read_text() == f"input: {make.root}/data/miniature\n"
+    assert make("all", "PROFILE=smoke") == []
+
+
+def test_another_data_folder_reruns_from_stage_1(make):
+    (make.root / "mine").mkdir()
+    make("all")
+    assert make("all", "CLOUD_DATA=mine") == list(NAMES)
+    assert make("all", "CLOUD_DATA=mine") == []
+    make("all", "CLOUD_DATA=absent", status=2)
+    assert "CLOUD_DATA names no folder: 'absent'" in make.stderr
+
+
+def test_failed_notebook_is_not_taken_for_finished(make):
+    make("all")
+    good = make.root / "build/demo/02_pretraining.ipynb"
+    (make.root / "notebooks/02_pretraining.ipynb").write_text("fail")
+    assert make("all", status=2) == ["02_pretraining"]
+    assert good.read_text() == "ok"
+    (make.root / "notebooks/02_pretraining.ipynb").write_text("mended")
+    assert make("all") == list(NAMES[1:])
+    assert good.read_text() == "mended"
+
+
+def test_unknown_profile_lists_the_profiles(make):
+    make("all", "PROFILE=dmeo", status=2)
+    assert "unknown PROFILE 'dmeo'; choose one of: demo smoke" in make.stderr
+
+
+def test_clean_keeps_data_and_checkpoints(make):
+    make("all")
+    for folder in ("checkpoints/demo", "data/raw", "tables/demo"):
+        (make.root / folder).mkdir(parents=True, exist_ok=True)
+    make("clean")
+    assert not (make.root / "build").exists()
+    assert all((make.root / folder).is_dir() for folder in ("checkpoints/demo", "data/raw", "tables/demo"))
+
+
+def test_help_lists_the_targets(make):
+    shown = subprocess.run(["make", "help"], cwd=make.root, capture_output=True, text=True, check=True).stdout
+    for target in ("all", "data", "lab", "test", "clean", *NAMES):
+        assert re.search(rf"\b{target}\b", shown)
