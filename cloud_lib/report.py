@@ -188,21 +188,23 @@ def format_mean_std(mean: float, std: float) -> str:
 
 # ----------------------------------------------------------------------------------------------- README
 def update_readme(profile: str) -> Path:
-    """Rewrite what stands between the README's results markers from tables/<profile>/summary.csv.
+    """Rewrite what stands between the README's results markers from tables/<profile>/summary*.csv.
+
+    Each notebook writes its own lines of the summary (summary_03.csv, ...); they are joined in that order.
 
     Raises:
         FileNotFoundError: the profile has no summary yet.
         ValueError: the README lacks the two markers.
     """
-    source, readme = tables_dir(profile) / "summary.csv", root() / "README.md"
-    if not source.is_file():
-        raise FileNotFoundError(f"expected {source}; run make all PROFILE={profile}")
+    sources, readme = sorted(tables_dir(profile).glob("summary*.csv")), root() / "README.md"
+    if not sources:
+        raise FileNotFoundError(f"expected {tables_dir(profile)}/summary*.csv; run make all PROFILE={profile}")
     text = readme.read_text(encoding="utf-8")
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"expected the lines {START} and {END} in {readme}, found one or none of them")
-    table = as_markdown(as_displayed(pd.read_csv(source)))
+    table = as_markdown(as_displayed(pd.concat(map(pd.read_csv, sources), ignore_index=True)))
     with atomic_path(readme) as temporary:
         temporary.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
     return readme

@@ -84,9 +84,10 @@ def test_readme_block(products):
     readme.write_text(f"# Title\n{report.START}\nold\n{report.END}\nrest\n")
     with pytest.raises(FileNotFoundError, match="run make all PROFILE=demo"):
         report.update_readme("demo")
-    report.write_table(pd.DataFrame({"result": ["Table 1"], "ours": [np.nan]}), "summary", "demo", "", {})
+    for name, ours in (("summary_04", np.nan), ("summary_03", "0.30")):  # one file per notebook, in order
+        report.write_table(pd.DataFrame({"result": [name], "ours": [ours]}), name, "demo", "", {})
     report.update_readme("demo")
-    table = "| result | ours |\n| --- | --- |\n| Table 1 | – |"
+    table = "| result | ours |\n| --- | --- |\n| summary_03 | 0.3000 |\n| summary_04 | – |"
     assert readme.read_text() == f"# Title\n{report.START}\n{table}\n{report.END}\nrest\n"
     readme.write_text("# Title\n")
     with pytest.raises(ValueError, match="expected the lines <!-- results:start -->"):
