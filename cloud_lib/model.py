@@ -116,29 +116,55 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def encode(bert: BertModel, batch: Packed) -> Tensor:
     """Last hidden states of all tokens, (N, width)."""
-    x = bert.embeddings(batch.input_ids[None], position_ids=batch.position_ids[None])[0]
+    x = embed(bert, batch)
     for layer in bert.encoder.layer:
-        attention = layer.attention
-        heads = (-1, attention.self.num_attention_heads, attention.self.attention_head_size)
-        q, k, v = (linear(x).view(heads) for linear in (attention.self.query, attention.self.key,
-                                                        attention.self.value))
-        x = attention.output(attend(q, k, v, batch), x)
-        x = layer.output(layer.intermediate(x), x)
+        x = _apply(layer, x, x, batch)
     return x
 
 
+def encode_cls(bert: BertModel, batch: Packed) -> Tensor:
+    """Last hidden state of every string's [CLS], (B, width): encode(...)[starts], but the last layer only reads
+    the other tokens instead of also updating them."""
+    x = embed(bert, batch)
+    for layer in bert.encoder.layer[:-1]:
+        x = _apply(layer, x, x, batch)
+    return _apply(bert.encoder.layer[-1], x.index_select(0, batch.starts[:-1]), x, batch)
+
+
+def embed(bert: BertModel, batch: Packed) -> Tensor:
+    """Sum of word, position and type embeddings after layer norm and dropout, (N, width)."""
+    return bert.embeddings(batch.input_ids[None], position_ids=batch.position_ids[None])[0]
+
+
+def _apply(layer: nn.Module, asking: Tensor, x: Tensor, batch: Packed) -> Tensor:
+    """One BERT layer: the tokens `asking` (all, or the first of each string) attend to all tokens x."""
+    attention = layer.attention
+    heads = (-1, attention.self.num_attention_heads, attention.self.attention_head_size)
+    q, k, v = (linear(tokens).view(heads) for linear, tokens in (
+        (attention.self.query, asking), (attention.self.key, x), (attention.self.value, x)))
+    asking = attention.output(attend(q, k, v, batch), asking)
+    return layer.output(layer.intermediate(asking), asking)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed) -> Tensor:
-    """Softmax attention inside each string; q, k, v (N, heads, head_dim) -> (N, heads * head_dim)."""
+    """Softmax attention inside each string.
+
+    k, v (N, heads, head_dim); q the same, or (B, heads, head_dim) for one query per string.
+    Returns (N or B, heads * head_dim).
+    """
+    n_strings, one_each = len(batch.starts) - 1, len(q) < len(k)
     if batch.runs is None:
-        return varlen_attn(q, k, v, batch.starts, batch.starts, batch.longest, batch.longest).flatten(1)
+        starts = torch.arange(n_strings + 1, dtype=torch.int32, device=q.device) if one_each else batch.starts
+        return varlen_attn(q, k, v, starts, batch.starts, 1 if one_each else batch.longest, batch.longest).flatten(1)
     tokens = [count * length for count, length in batch.runs]
-    parts = zip(q.split(tokens), k.split(tokens), v.split(tokens), batch.runs)
-    return torch.cat([_attend_run(*qkv, *run) for *qkv, run in parts])
+    asking = [count for count, _ in batch.runs] if one_each else tokens
+    parts = zip(q.split(asking), k.split(tokens), v.split(tokens), batch.runs)
+    return torch.cat([_attend_run(*qkv, count) for *qkv, (count, _) in parts])
 
 
-def _attend_run(q: Tensor, k: Tensor, v: Tensor, count: int, length: int) -> Tensor:
-    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count * length, -1)
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class MaskedLM(nn.Module):
@@ -174,8 +200,9 @@ class Regressor(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """Predicted z-scored target, (B,)."""
-        cls = encode(self.bert, batch).index_select(0, batch.starts[:-1])
-        return self.head(cls)[:, 0].float()
+        cls = encode_cls(self.bert, batch)
+        with torch.autocast(cls.device.type, enabled=False):  # bfloat16 would round the prediction to 3 digits
+            return self.head(cls.float())[:, 0]
 
 
 @contextlib.contextmanager
