@@ -39,6 +39,24 @@ def _cmd_scaling(args: argparse.Namespace) -> None:
         print(fitted.text(args.budget))
 
 
+def _cmd_data(args: argparse.Namespace) -> None:
+    from cloud_lib.sources import fetch
+
+    if args.check:
+        for path, state in fetch.check():
+            print(f"{path:60} {state}")
+        fetch.require_intact()
+        return
+    files = fetch.fetch_public(args.pattern) if args.pattern else fetch.fetch_default()
+    print(f"{len(files)} files in {files[0].parent}")
+
+
+def _cmd_miniature(args: argparse.Namespace) -> None:
+    from cloud_lib.sources.miniature import write_miniature
+
+    print(f"synthetic data for trying things out in {write_miniature(args.folder)}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -68,6 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--format", choices=("text", "json"), default="text")
     scaling.add_argument("--seed", type=int, default=0, help="of the resamples")
     scaling.set_defaults(run=_cmd_scaling)
+
+    data = commands.add_parser("data", help="fetch and verify data files (default: those that make all needs)")
+    data.add_argument("pattern", nargs="*", help="public files to download, such as 'matbench/*' or 'discovery/wbm_*'")
+    data.add_argument("--check", action="store_true", help="only compare the files on this machine with the manifest")
+    data.set_defaults(run=_cmd_data)
+
+    miniature = commands.add_parser("miniature", help="write a tiny folder of synthetic data in the real layout")
+    miniature.add_argument("folder", type=Path)
+    miniature.set_defaults(run=_cmd_miniature)
     return parser
 
 
@@ -81,4 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0

@@ -88,7 +88,7 @@ def _dielectric() -> "pd.DataFrame":
 
 
 def corpus() -> Iterator[tuple[str, str, dict]]:
-    """All embedded crystals as (material_id, source, structure); disordered ones too (they become rejects)."""
+    """All embedded crystals as (material_id, source, structure or {"error": reason}); see minerals()."""
     for row, structure in zip(itertools.count(), _dielectric()["structure"]):
         yield matbench.material_id("dielectric", row), "matbench_dielectric", structure
     for name in MATMINER_TABLES:
@@ -190,57 +190,66 @@ def element_symbols() -> tuple[str, ...]:
 
 # --------------------------------------------------------------------- American Mineralogist database (SQLite)
 _ARRAY_SCALE = 4e6  # coordinates are stored as base64 of little-endian int32 times this
-_UNKNOWN = (2.0, 3.0)  # stored in place of "?" and "." (coordinates and occupancies stay below 2)
+_UNKNOWN = (2.0, 3.0)  # stored in place of "?" and "."
 
 
 def minerals() -> Iterator[tuple[str, dict]]:
-    """Experimental structures: (id, structure), symmetry operations applied; partial occupancies kept as such.
+    """Experimental structures: (id, structure), symmetry operations applied; deuterium is hydrogen.
 
-    Deuterium is hydrogen. Records without coordinates, with unknown ones, or with a label that is no element
-    (water as one site) yield a structure without sites, so that they are counted as rejects.
+    Records that are no complete ordered crystal (partial occupancy, missing coordinates or hydrogens) yield
+    {"error": reason} in place of the structure, so that they can be counted.
     """
     connection = sqlite3.connect(f"{file('amcsd_cif1.db').as_uri()}?mode=ro", uri=True)
+    connection.row_factory = sqlite3.Row
     try:
         operations = {number: _operations(text) for number, text in
                       connection.execute("select id, symmetry_xyz from spacegroups")}
-        query = ("select id, spacegroup_id, formula, a, b, c, alpha, beta, gamma, atoms_sites, atoms_x, atoms_y, "
-                 "atoms_z, atoms_occupancy from cif order by id")
-        for record in connection.execute(query):
-            yield f"amcsd:{record[0]:05d}", _mineral(record, *operations[record[1]])
+        for record in connection.execute("select * from cif order by id"):
+            yield f"amcsd:{record['id']:05d}", _mineral(record, *operations[record["spacegroup_id"]])
     except sqlite3.DatabaseError as error:
         raise DamagedFile(f"{file('amcsd_cif1.db')} is damaged ({error}); delete it and run make data") from error
     finally:
         connection.close()
 
 
-def _mineral(record: tuple, rotations: np.ndarray, translations: np.ndarray) -> dict:
-    cell = [float(re.search(r"\d+(\.\d+)?", value.replace(",", ".")).group()) for value in record[3:9]]  # "6,42."
-    lattice = records.cell_matrix(cell[:3], cell[3:])
-    empty = {"lattice": {"matrix": lattice.tolist()}, "sites": []}
-    if record[9] in (None, "0", '"<missing>"'):
-        return empty
-    labels = json.loads(record[9])
-    formula_elements = set(re.findall(r"[A-Z][a-z]?", record[2]))
-    symbols = [_symbol(label, formula_elements) for label in labels]
-    positions = np.stack([_decode(column) for column in record[10:13]], axis=1)
-    occupancies = np.ones(len(labels)) if record[13] == "0" else _decode(record[13])
-    if None in symbols or np.isnan(positions).any() or np.isnan(occupancies).any():
-        return empty
-    sites = []
-    for symbol, occupancy, position in zip(symbols, occupancies, positions, strict=True):
-        species = [{"element": symbol, "occu": float(occupancy) if occupancy != 1 else 1}]
-        sites += [{"species": species, "abc": abc}
-                  for abc in _orbit(position, rotations, translations, lattice).tolist()]
-    return {"lattice": {"matrix": lattice.tolist()}, "sites": sites}
+def _mineral(record: sqlite3.Row, rotations: np.ndarray, translations: np.ndarray) -> dict:
+    if record["atoms_sites"] in (None, "0", '"<missing>"'):
+        return {"error": "no coordinates published"}
+    published = _formula_elements(record["formula"])
+    symbols = [_symbol(label, published) for label in json.loads(record["atoms_sites"])]
+    positions = np.stack([_decode(record[f"atoms_{axis}"]) for axis in "xyz"], axis=1)
+    occupancies = np.ones(1) if record["atoms_occupancy"] == "0" else _decode(record["atoms_occupancy"])
+    if None in symbols or np.isnan(positions).any():
+        return {"error": "a site without coordinates, or of water or another group"}
+    if (occupancies != 1).any():
+        return {"error": f"partial occupancy at {(occupancies != 1).sum()} of {len(symbols)} sites"}
+    if missing := published - set(symbols):
+        return {"error": f"no coordinates for {', '.join(sorted(missing))} of {record['formula']}"}
+    lattice = _cell(record)
+    orbits = [_orbit(position, rotations, translations, lattice) for position in positions]
+    every = [symbol for symbol, orbit in zip(symbols, orbits, strict=True) for _ in orbit]
+    return records.slim_structure(lattice, every, np.concatenate(orbits))
 
 
-def _symbol(label: str, formula_elements: set[str]) -> str | None:
-    """Element of a site label such as "Ca2", "AlM1", "Ow": two letters if the formula has them, else one."""
+def _cell(record: sqlite3.Row) -> np.ndarray:
+    """Lattice vectors (3, 3) [A]; a few numbers are typed as "3,2518" or "6.4235."."""
+    values = [float(re.search(r"\d+(\.\d+)?", record[name].replace(",", ".")).group())
+              for name in ("a", "b", "c", "alpha", "beta", "gamma")]
+    return records.cell_matrix(values[:3], values[3:])
+
+
+def _formula_elements(formula: str) -> set[str]:
+    """Elements of a formula such as "Mg (O2 D2)"; deuterium is hydrogen."""
+    return {"H" if symbol == "D" else symbol for symbol in re.findall(r"[A-Z][a-z]?", formula)}
+
+
+def _symbol(label: str, published: set[str]) -> str | None:
+    """Element of a site label such as "Ca2", "AlM1", "Ow", "D1": two letters if the formula has them, else one."""
     letters = re.match(r"[A-Za-z]*", str(label)).group()
-    for symbol in (letters[:2].capitalize(), letters[:1]):
-        if symbol in formula_elements and not letters.startswith("Wat"):
-            return "H" if symbol == "D" else symbol
-    return None
+    if letters.startswith("Wat"):
+        return None
+    candidates = (letters[:2].capitalize(), "H" if letters[:1] == "D" else letters[:1])
+    return next((symbol for symbol in candidates if symbol in published), None)
 
 
 def _decode(text: str) -> np.ndarray:
@@ -270,34 +279,31 @@ def _affine_row(expression: str) -> list[float]:
 
 def _orbit(position: np.ndarray, rotations: np.ndarray, translations: np.ndarray, lattice: np.ndarray,
            tolerance: float = 0.05) -> np.ndarray:
-    """Distinct images (m, 3) of one position in the cell; images closer than `tolerance` [A] are one atom.
+    """Distinct images (m, 3) of one position in the cell.
 
-    Published coordinates have 3 to 5 digits, so special positions are met only within hundredths of an angstrom.
+    Published coordinates have 3 to 5 digits: images within `tolerance` [A] of the position are the same atom on
+    a special position, and their mean is that position exactly.
     """
-    images = (rotations @ position + translations) % 1.0
-    difference = images[:, None] - images[None]
-    distance = np.linalg.norm((difference - np.round(difference)) @ lattice, axis=-1)
-    first = np.argmax(distance < tolerance, axis=1)  # the earliest image that each one coincides with
-    return images[np.unique(first)]
+    shifts = rotations @ position + translations - position
+    shifts -= np.round(shifts)
+    stabilizer = np.linalg.norm(shifts @ lattice, axis=1) < tolerance
+    images = (rotations @ (position + shifts[stabilizer].mean(axis=0)) + translations) % 1.0
+    grid = np.round(images * 1_000_000).astype(np.int64) % 1_000_000  # coinciding images differ by rounding only
+    return images[np.unique(grid @ (10**12, 10**6, 1), return_index=True)[1]]
 
 
 # --------------------------------------------------------------------------------- AFLOW prototypes (pymatgen)
 def prototypes() -> Iterator[tuple[str, dict]]:
     """The 288 prototype crystals that pymatgen ships: (id, structure); Mehl et al., CMS 136, S1 (2017)."""
-    for entry, structure in prototype_entries():
-        yield f"aflow_prototypes:{entry['tags']['aflow']}", structure
-
-
-def prototype_entries() -> Iterator[tuple[dict, dict]]:
-    """pymatgen's prototype records, each with its structure as a slim dict."""
     from importlib import resources
 
     import pymatgen.analysis.prototypes
 
     source = resources.files(pymatgen.analysis.prototypes).joinpath("aflow_prototypes.json.gz")
     with resources.as_file(source) as path:
-        for entry in records.read_json(path):
-            sites = entry["snl"]["sites"]
-            yield entry, records.slim_structure(entry["snl"]["lattice"]["matrix"],
-                                                [site["species"][0]["element"] for site in sites],
-                                                [site["abc"] for site in sites])
+        entries = records.read_json(path)
+    for number, entry in enumerate(entries):
+        sites = entry["snl"]["sites"]
+        yield f"aflow_prototypes:{number:03d}", records.slim_structure(
+            entry["snl"]["lattice"]["matrix"], [site["species"][0]["element"] for site in sites],
+            [site["abc"] for site in sites])

@@ -157,14 +157,17 @@ def load_leaderboard(tasks: Sequence[str] | None = None) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    parts = [pd.DataFrame({"model": [], "task": [], "row": np.array([], np.int64), "prediction": []})]
+    parts = []
     for file in _leaderboard_files():
         for task, predictions in records.read_json(file).items():
             if task in TASKS and (tasks is None or task in tasks):
                 parts.append(pd.DataFrame({"model": file.name.removesuffix(".json.gz"), "task": task,
                                            "row": np.array(list(predictions), np.int64),
                                            "prediction": np.array(list(predictions.values()), float)}))
-    return pd.concat(parts[1:] or parts, ignore_index=True).astype({"model": "category", "task": "category"})
+    if not parts:
+        empty = pd.DataFrame(columns=["model", "task", "row", "prediction"])
+        return empty.astype({"model": str, "task": str, "row": np.int64, "prediction": float})
+    return pd.concat(parts, ignore_index=True).astype({"model": "category", "task": "category"})
 
 
 def load_published_mae() -> "pd.DataFrame":
