@@ -17,8 +17,10 @@ import nbformat
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
+from traitlets.config import Config
 
 START_TIMEOUT_S = 300  # a loaded machine needs more than papermill's 60 s to start a kernel
+SOCKETS = Config({"KernelManager": {"transport": "ipc"}})  # parallel kernels cannot collide on TCP ports
 
 
 class NotebookError(ValueError):
@@ -54,7 +56,7 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
     try:
         execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
-                         start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty())
+                         start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty(), config=SOCKETS)
         hidden.replace(target)
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
@@ -137,8 +139,8 @@ def _check_value(key: str, value: Any, default: Any, origin: str) -> None:
         raise NotebookError(f"`{key}: {value}` in {origin} is a string in YAML 1.1; "
                             f"write a decimal point and a signed exponent: {float(value):.1e}")
     if isinstance(value, bool) and isinstance(default, str):
-        raise NotebookError(f"`{key}` in {origin} is {value} in YAML 1.1, where No, Yes, On and Off are booleans; "
-                            "quote it")
+        raise NotebookError(f"`{key}` in {origin} is {value} in YAML 1.1, where No, Yes, On and Off are "
+                            "booleans; quote it")
     if value is not None and default is not None and _kind(value) not in _accepted(default):
         raise NotebookError(f"expected {_kind(default)} for `{key}` in {origin} (default {default!r}), "
                             f"found {_kind(value)} {value!r}")
