@@ -20,9 +20,13 @@ PACKAGE = ROOT / "cloud_lib"
 ARROWS = {
     "io": set(),
     "spacegroups": set(),
-    "symmetry": {"spacegroups"},
-    "representation": {"symmetry", "spacegroups"},
-    "tokenizer": {"spacegroups"},
+    "elements": set(),
+    "crystal": {"elements"},
+    "readers": {"crystal", "elements"},
+    "symmetry": {"crystal", "readers", "elements", "spacegroups"},
+    "representation": {"symmetry", "elements", "spacegroups"},
+    "tokenizer_file": {"spacegroups"},
+    "tokenizer": {"tokenizer_file", "elements", "spacegroups"},
     "sources": {"io", "sources", "symmetry"},
     "curation": {"io", "symmetry", "representation", "tokenizer", "dataset", "sources"},
     "dataset": {"io"},
@@ -38,6 +42,9 @@ ARROWS = {
     "report": {"io"},
     "figures": {"report"},
     "baselines": set(),
+    "experiments": {"io", "symmetry", "representation", "tokenizer", "sources", "curation", "dataset", "train",
+                    "predict", "metrics", "report"},
+    "discovery": {"io", "tokenizer", "sources", "curation", "train", "predict", "metrics", "report"},
     "notebook": set(),
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.
