@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USER_ERRORS = (ValueError, OSError)
+from cloud_lib.sources import NotAvailable
+
+USER_ERRORS = (ValueError, OSError, NotAvailable)
 
 
 def _cmd_notebook(args: argparse.Namespace) -> None:
