@@ -1,0 +1,139 @@
+"""A crystal in memory, and the checks that a symmetry search relies on.
+
+What is not an ordered, three-dimensional crystal of known elements is rejected with a `CrystalError`: partial
+occupancy, vacancies written as species, species other than the 118 elements and D, no atoms, numbers that are
+not finite, a cell without volume, atoms on top of each other.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cloud_lib.elements import NUMBERS
+
+MAX_SITES = 5000  # a search in P1 takes seconds here, and grows with the square
+MIN_DISTANCE = 0.5  # [A]; two atoms closer than this are one atom written twice, or an error
+MIN_VOLUME_PER_SITE = 0.5  # [A^3]; the densest known crystals have more than 3
+MAX_LENGTH = 1e4  # [A]; longest accepted cell edge
+
+
+class CrystalError(ValueError):
+    """This is not a crystal that a symmetry string can describe; the message is the one-line reason."""
+
+
+class Crystal(NamedTuple):
+    """A crystal: `lattice` rows a, b, c [A], element `symbols`, fractional `positions`."""
+
+    lattice: np.ndarray  # (3, 3) float64
+    symbols: tuple[str, ...]  # n symbols out of elements.SYMBOLS
+    positions: np.ndarray  # (n, 3) float64
+
+
+def as_crystal(obj: Any) -> Crystal:
+    """A `Crystal` from a pymatgen Structure or its dict, an ASE Atoms, or an OPTIMADE record.
+
+    Raises:
+        CrystalError: disordered, of unknown species, or malformed.
+    """
+    if isinstance(obj, Crystal):
+        return obj
+    try:
+        if isinstance(obj, dict):
+            return _from_pymatgen_dict(obj) if "sites" in obj else _from_optimade(obj)
+        if hasattr(obj, "get_scaled_positions"):
+            return Crystal(np.array(obj.cell[:]), tuple(obj.get_chemical_symbols()), obj.get_scaled_positions())
+        if hasattr(obj, "frac_coords"):
+            symbols = tuple(_only_species(site.species.as_dict()) for site in obj)
+            return Crystal(np.array(obj.lattice.matrix), symbols, np.array(obj.frac_coords))
+    except CrystalError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError,
+            np.linalg.LinAlgError) as error:
+        raise CrystalError(f"malformed structure: {type(error).__name__}: {str(error)[:80]}") from error
+    raise CrystalError(
+        f"expected a Crystal, a pymatgen Structure or its dict, an ASE Atoms or an OPTIMADE record, "
+        f"found {type(obj).__name__}"
+    )
+
+
+def _from_optimade(record: dict) -> Crystal:
+    """An OPTIMADE structures entry, whole or only its attributes."""
+    entry = record.get("attributes", record)
+    lattice = np.array(entry["lattice_vectors"], dtype=float)
+    cartesian = np.array(entry["cartesian_site_positions"], dtype=float)
+    if lattice.shape != (3, 3):
+        raise CrystalError(f"lattice: expected 3 x 3 numbers, found shape {lattice.shape}")
+    names = {s["name"]: _species_symbol(s) for s in entry["species"]}
+    symbols = tuple(map(names.__getitem__, entry["species_at_sites"]))
+    if not np.isfinite(lattice).all() or not _volume(lattice):
+        return Crystal(lattice, symbols, cartesian)  # rejected with its reason by the check of the lattice
+    return Crystal(lattice, symbols, cartesian @ np.linalg.inv(lattice))
+
+
+def _species_symbol(species: dict) -> str:
+    """The element of an OPTIMADE species."""
+    symbols, concentration = species["chemical_symbols"], species.get("concentration", [1.0])
+    return _only_species(dict(zip(symbols, concentration, strict=True)))
+
+
+def _from_pymatgen_dict(structure: dict) -> Crystal:
+    symbols, positions = [], []
+    for site in structure["sites"]:
+        symbols.append(_only_species({s["element"]: s.get("occu", 1) for s in site["species"]}))
+        positions.append(site["abc"])
+    return Crystal(np.array(structure["lattice"]["matrix"], dtype=float), tuple(symbols),
+                   np.array(positions, dtype=float))
+
+
+def _only_species(occupancies: dict[str, float]) -> str:
+    """The one element of a site; oxidation states are dropped ("Fe3+" -> "Fe")."""
+    if len(occupancies) != 1 or abs(next(iter(occupancies.values())) - 1) > 1e-3:
+        raise CrystalError(f"disordered site: expected one element with occupancy 1, found {occupancies}")
+    (name,) = occupancies
+    return name if name in NUMBERS else name.rstrip("+-.0123456789")
+
+
+def _volume(lattice: np.ndarray) -> float:
+    (a, b, c), (d, e, f), (g, h, i) = lattice.tolist()
+    return abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+
+
+def checked_volume(crystal: Crystal) -> float:
+    """Volume of the cell [A^3]; raises CrystalError for what no symmetry search should see."""
+    n = len(crystal.symbols)
+    if crystal.lattice.shape != (3, 3) or crystal.positions.shape != (n, 3) or n == 0:
+        raise CrystalError(f"expected a 3 x 3 lattice and n > 0 positions, found shapes {crystal.lattice.shape} "
+                           f"and {crystal.positions.shape} for {n} atoms")
+    if n > MAX_SITES:
+        raise CrystalError(f"too many atoms: expected at most {MAX_SITES}, found {n}")
+    unknown = sorted(set(crystal.symbols) - NUMBERS.keys())
+    if unknown:
+        raise CrystalError(f"unknown species: expected an element or D, found {unknown[:3]}")
+    if not np.isfinite(crystal.lattice).all() or not np.isfinite(crystal.positions).all():
+        raise CrystalError("a lattice vector or position is not a finite number")
+    if abs(crystal.lattice).max() > MAX_LENGTH or abs(crystal.positions).max() > MAX_LENGTH:
+        raise CrystalError(f"a lattice vector [A] or fractional position exceeds {MAX_LENGTH:g}")
+    volume = _volume(crystal.lattice)
+    if volume < MIN_VOLUME_PER_SITE * n:
+        raise CrystalError(f"volume: expected at least {MIN_VOLUME_PER_SITE} A^3 per atom, found {volume / n:.3g}")
+    if n > 1:
+        _check_distances(crystal)
+    return volume
+
+
+def _check_distances(crystal: Crystal) -> None:
+    """Reject atoms closer than MIN_DISTANCE; exact where lattice planes are more than 2 MIN_DISTANCE apart."""
+    positions = crystal.positions
+    for start in range(0, len(positions) - 1, 256):
+        rows, others = positions[start : start + 256], positions[start:]
+        difference = rows[:, None] - others
+        difference -= np.rint(difference)
+        cartesian = difference @ crystal.lattice
+        squared = np.einsum("ijk,ijk->ij", cartesian, cartesian)
+        squared[np.arange(len(rows)), np.arange(len(rows))] = np.inf
+        if squared.min() < MIN_DISTANCE**2:
+            i, j = np.unravel_index(squared.argmin(), squared.shape)
+            raise CrystalError(
+                f"overlapping atoms: expected at least {MIN_DISTANCE} A between atoms, found "
+                f"{squared.min() ** 0.5:.3f} A between numbers {start + i + 1} and {start + j + 1}"
+            )

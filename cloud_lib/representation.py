@@ -1,0 +1,186 @@
+"""Symmetry strings: `SymmetryRecord` -> text in a named style, and text -> what it says.
+
+Every full style has three fields, "generator | Wyckoff | composition":
+
+* `paper`: as the published code writes it: distinct Wyckoff symbols, then elements with fractions, both in the
+  order of the atoms in the file; fractions rounded half to even (0.125 -> 0.12), so they need not sum to 1.
+* `canonical` (default): the same fields, freed from the file. Elements follow the formula order; of all sets of
+  Wyckoff symbols that the affine normalizer of the group connects, the smallest is written.
+* `site`: the middle field tells which element sits where: "Ba 1a Ti 1b O 3c". Elements in formula order, each
+  followed by its Wyckoff symbols; a symbol that n > 1 orbits of the element share is preceded by "xn". Of all
+  equivalent assignments the smallest is written.
+
+Ablations of `canonical`: `composition` (third field only), `number` ("sg221" for the generator) and
+`no_wyckoff` (middle field empty).
+"""
+
+from collections import Counter
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+
+from cloud_lib.elements import NUMBERS, RANKS
+from cloud_lib.spacegroups import (
+    LETTERS, MAX_REPEAT, generator, multiplicities, normalizer_permutations, space_group_of,
+)
+from cloud_lib.symmetry import SymmetryRecord
+
+STYLES = ("paper", "canonical", "site")
+ABLATION_STYLES = ("composition", "number", "no_wyckoff")
+MAX_POSITIONS = {  # longest accepted token sequence with [CLS] and [SEP]; 64 is the paper's
+    "paper": 64, "canonical": 64, "site": 256, "composition": 64, "number": 64, "no_wyckoff": 64,
+}
+_LETTER_RANK = {letter: rank for rank, letter in enumerate(LETTERS)}
+
+
+class Decoded(NamedTuple):
+    """What a string says; parts that its style leaves out are None or empty.
+
+    `wyckoff`: Wyckoff symbol -> number of orbits, for style `site` (element, symbol) -> number of orbits; styles
+    that list each symbol once count 1. `composition`: element -> fraction as written.
+    """
+
+    space_group: int | None
+    wyckoff: dict
+    composition: dict[str, float]
+
+
+def string(record: SymmetryRecord, style: str = "canonical", generators: str = "corrected") -> str:
+    """The symmetry string of a record.
+
+    Args:
+        generators: table of `spacegroups.generator`, "published" only to reproduce published strings.
+
+    Raises:
+        ValueError: unknown style or table.
+    """
+    if style not in STYLES + ABLATION_STYLES:
+        raise ValueError(f"style: expected one of {STYLES + ABLATION_STYLES}, found {style!r}")
+    group = record.space_group
+    composition = _composition(record.amounts, in_file_order=style == "paper")
+    if style == "composition":
+        return composition
+    head = f"sg{group}" if style == "number" else _spaced_generator(group, generators)
+    if style == "no_wyckoff":
+        return f"{head} | | {composition}"
+    if style == "site":
+        sites = Counter((o.element, o.wyckoff_letter) for o in record.orbits)
+        return f"{head} | {_site_field(group, tuple(sorted(sites.items())))} | {composition}"
+    letters = "".join(dict.fromkeys(o.wyckoff_letter for o in record.orbits))
+    if style != "paper":
+        letters = _smallest_letters(group, "".join(sorted(letters, key=_LETTER_RANK.__getitem__)))
+    sizes = multiplicities(group)
+    return f"{head} | {' '.join(f'{sizes[x]}{x}' for x in letters)} | {composition}"
+
+
+@lru_cache(maxsize=512)
+def _spaced_generator(space_group: int, table: str) -> str:
+    return " ".join(generator(space_group, table))
+
+
+def _composition(amounts: dict[str, int], in_file_order: bool) -> str:
+    elements = amounts if in_file_order else sorted(amounts, key=RANKS.__getitem__)
+    total = sum(amounts.values())
+    return " ".join(f"{e} {_fraction(amounts[e], total)}" for e in elements)
+
+
+@lru_cache(maxsize=100_000)
+def _fraction(amount: int, total: int) -> str:
+    """NumPy's rounding, half to even at two decimals, is the published code's."""
+    return str(float(np.round(amount / total, 2)))
+
+
+@lru_cache(maxsize=100_000)
+def _smallest_letters(space_group: int, letters: str) -> str:
+    """The smallest of the equivalent letter sets, its letters in order."""
+    indices = [_LETTER_RANK[x] for x in letters]
+    images = (sorted(_LETTER_RANK[p[i]] for i in indices) for p in normalizer_permutations(space_group))
+    return "".join(LETTERS[i] for i in min(images))
+
+
+@lru_cache(maxsize=100_000)
+def _site_field(space_group: int, sites: tuple[tuple[tuple[str, str], int], ...]) -> str:
+    """Field for ((element, letter), number of orbits) pairs, smallest over the normalizer."""
+    coded = [(RANKS[element], _LETTER_RANK[letter], n) for (element, letter), n in sites]
+    images = (
+        sorted((rank, _LETTER_RANK[p[i]], n) for rank, i, n in coded)
+        for p in normalizer_permutations(space_group)
+    )
+    names = {RANKS[element]: element for (element, _), _ in sites}
+    sizes = multiplicities(space_group)
+    words, last = [], None
+    for rank, index, n in min(images):
+        if rank != last:
+            words.append(names[rank])
+            last = rank
+        letter = LETTERS[index]
+        words += _repeated(f"{sizes[letter]}{letter}", n)
+    return " ".join(words)
+
+
+def _repeated(symbol: str, n: int) -> list[str]:
+    full, rest = divmod(n, MAX_REPEAT)
+    counts = [MAX_REPEAT] * full + [rest] * (rest > 0)
+    return [word for k in counts for word in ((f"x{k}", symbol) if k > 1 else (symbol,))]
+
+
+def parse(text: str, style: str = "canonical") -> Decoded:
+    """Read a string of a known style back.
+
+    Raises:
+        ValueError: unknown style, or the text does not follow it.
+    """
+    if style not in STYLES + ABLATION_STYLES:
+        raise ValueError(f"style: expected one of {STYLES + ABLATION_STYLES}, found {style!r}")
+    fields = [field.split() for field in text.split("|")]
+    expected = 1 if style == "composition" else 3
+    if len(fields) != expected:
+        raise ValueError(f"style {style!r}: expected {expected} fields, found {len(fields)} in {text[:60]!r}")
+    composition = _parse_composition(fields[-1])
+    if style == "composition":
+        return Decoded(None, {}, composition)
+    head = "".join(fields[0])
+    group = _parse_number(head) if style == "number" else space_group_of(head)
+    return Decoded(group, _parse_wyckoff(fields[1], group, style), composition)
+
+
+def _parse_number(head: str) -> int:
+    if not (head.startswith("sg") and head[2:].isdigit() and 1 <= int(head[2:]) <= 230):
+        raise ValueError(f"space group: expected sg1 to sg230, found {head!r}")
+    return int(head[2:])
+
+
+def _parse_composition(words: list[str]) -> dict[str, float]:
+    elements, fractions = words[::2], words[1::2]
+    unknown = [e for e in elements if e not in NUMBERS]
+    if not words or len(words) % 2 or unknown or len(set(elements)) < len(elements):
+        raise ValueError(f"composition: expected distinct elements, each with a fraction, found {' '.join(words)!r}")
+    return dict(zip(elements, map(float, fractions)))
+
+
+def _parse_wyckoff(words: list[str], space_group: int, style: str) -> dict:
+    symbols = {f"{n}{letter}" for letter, n in multiplicities(space_group).items()}
+    counts: Counter = Counter()
+    element, repeat = None, 1
+    for word in words:
+        if style == "site" and word in NUMBERS:
+            element = word
+        elif style == "site" and word[0] == "x" and word[1:].isdigit():
+            repeat = int(word[1:])
+        elif word in symbols and (style != "site" or element):
+            counts[(element, word) if style == "site" else word] += repeat
+            repeat = 1
+        else:
+            raise ValueError(f"Wyckoff field: expected symbols of space group {space_group}, found {word!r}")
+    return dict(counts)
+
+
+def formula_of_sites(wyckoff: dict[tuple[str, str], int]) -> dict[str, int]:
+    """Exact reduced composition of a decoded `site` string: element -> smallest integer amount."""
+    amounts: Counter = Counter()
+    for (element, symbol), n in wyckoff.items():
+        amounts[element] += n * int(symbol[:-1])
+    divisor = gcd(*amounts.values()) if amounts else 1
+    return {element: amount // divisor for element, amount in amounts.items()}

@@ -1,0 +1,148 @@
+"""From a crystal to its frozen `SymmetryRecord`: space group, Wyckoff orbits with their elements, composition.
+
+`as_crystal` takes what users have in memory, `read_crystals` what they have in files; `symmetry_record`
+does the symmetry search. spglib is the reference (with the published code's tolerances); moyo is the fast path,
+tried first by `engine="auto"`, spglib then takes what moyo cannot do. Both report Wyckoff letters in the setting
+of `spacegroups.hall_number`: the smallest Hall number, origin choice 1.
+"""
+
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any, NamedTuple
+
+from cloud_lib.crystal import Crystal, CrystalError, as_crystal, checked_volume
+from cloud_lib.elements import NUMBERS, RANKS
+from cloud_lib.readers import read_crystals
+from cloud_lib.spacegroups import hall_number, multiplicities, origin_choice
+
+__all__ = ["Crystal", "CrystalError", "Orbit", "SymmetryRecord", "as_crystal", "read_crystals", "symmetry_record"]
+
+ENGINES = ("auto", "spglib", "moyopy")
+_SPGLIB_ANGLE_TOLERANCE = 5.0  # degrees; pymatgen's default, hence that of the published code
+
+
+class Orbit(NamedTuple):
+    """A set of symmetry-equivalent atoms; two orbits may share one Wyckoff position."""
+
+    element: str
+    wyckoff_letter: str
+    multiplicity: int  # in the conventional cell
+    site_symmetry: str
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetryRecord:
+    """What the symmetry search found; orbits and elements in the order in which the atoms are listed.
+
+    `amounts` counts the atoms of the given cell, `volume_per_atom` is in A^3, `symprec` [A] is the tolerance
+    that was really used, which the engines may reduce.
+    """
+
+    space_group: int
+    hall_number: int
+    origin_choice: str
+    orbits: tuple[Orbit, ...]
+    amounts: dict[str, int]
+    volume_per_atom: float
+    symprec: float
+    engine: str
+
+    @property
+    def n_sites(self) -> int:
+        """Atoms in the given cell."""
+        return sum(self.amounts.values())
+
+    @property
+    def formula_reduced(self) -> str:
+        """Smallest integer formula, elements by electronegativity: "BaTiO3"."""
+        divisor = gcd(*self.amounts.values())
+        parts = ((e, self.amounts[e] // divisor) for e in sorted(self.amounts, key=RANKS.__getitem__))
+        return "".join(f"{e}{n if n > 1 else ''}" for e, n in parts)
+
+
+def symmetry_record(crystal: Any, symprec: float = 0.01, engine: str = "auto") -> SymmetryRecord:
+    """Search the symmetry of a crystal, or of anything `as_crystal` takes.
+
+    Args:
+        symprec: largest deviation of an atom from its ideal position [A].
+        engine: "spglib", "moyopy", or "auto": moyopy where it succeeds, else spglib.
+
+    Raises:
+        CrystalError: a bad crystal, or the search failed.
+        ValueError: unknown engine, or symprec not positive.
+    """
+    if engine not in ENGINES or not symprec > 0:
+        raise ValueError(f"expected engine in {ENGINES} and symprec > 0, found {engine!r} and {symprec}")
+    crystal = as_crystal(crystal)
+    volume = checked_volume(crystal)
+    if engine == "spglib":
+        return _record(crystal, volume, "spglib", *_search_spglib(crystal, symprec))
+    try:
+        return _record(crystal, volume, "moyopy", *_search_moyopy(crystal, symprec))
+    except CrystalError:
+        if engine == "moyopy":
+            raise
+    return _record(crystal, volume, "spglib", *_search_spglib(crystal, symprec))
+
+
+def _record(crystal: Crystal, volume: float, engine: str, number: int, symprec: float,
+            representatives: list[int], letters: list[str], site_symmetries: list[str]) -> SymmetryRecord:
+    """`representatives`: for every atom the index of an atom that stands for its orbit."""
+    first: dict[int, int] = {}
+    for site, representative in enumerate(representatives):
+        first.setdefault(representative, site)
+    sizes = multiplicities(number)
+    orbits = tuple(
+        Orbit(crystal.symbols[i], letters[i], sizes[letters[i]], site_symmetries[i]) for i in first.values()
+    )
+    return SymmetryRecord(number, hall_number(number), origin_choice(number), orbits,
+                          dict(Counter(crystal.symbols)), volume / len(crystal.symbols), symprec, engine)
+
+
+@cache
+def _moyopy() -> Any:
+    import moyopy
+
+    logging.getLogger("moyo").setLevel(logging.CRITICAL)  # it logs every retry of the tolerance as a warning
+    return moyopy
+
+
+def _search_moyopy(crystal: Crystal, symprec: float) -> tuple:
+    moyopy = _moyopy()
+    numbers = [NUMBERS[s] for s in crystal.symbols]
+    cell = moyopy.Cell(crystal.lattice.tolist(), crystal.positions.tolist(), numbers)
+    try:
+        found = moyopy.MoyoDataset(cell, symprec=symprec, setting=moyopy.Setting.spglib())
+    except ValueError as error:
+        raise CrystalError(f"symmetry search failed (moyopy): {error}") from error
+    return found.number, found.symprec, found.orbits, found.wyckoffs, found.site_symmetry_symbols
+
+
+@cache
+def _spglib() -> Any:
+    import spglib
+
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")  # else its C code prints internal retries to stderr
+    return spglib
+
+
+def _search_spglib(crystal: Crystal, symprec: float) -> tuple:
+    spglib = _spglib()
+
+    numbers = [NUMBERS[s] for s in crystal.symbols]
+    try:
+        found = spglib.get_symmetry_dataset((crystal.lattice, crystal.positions, numbers), symprec=symprec,
+                                            angle_tolerance=_SPGLIB_ANGLE_TOLERANCE)
+    except spglib.SpglibError as error:
+        raise CrystalError(f"symmetry search failed (spglib): {error}") from error
+    if found is None:
+        raise CrystalError("symmetry search failed (spglib): no symmetry found")
+    if found.hall_number != hall_number(found.number):
+        raise CrystalError(f"symmetry search (spglib): expected Hall number {hall_number(found.number)}, "
+                           f"found {found.hall_number}")
+    return (int(found.number), symprec, found.crystallographic_orbits.tolist(), list(found.wyckoffs),
+            list(found.site_symmetry_symbols))
