@@ -7,6 +7,8 @@ Structures are plain dicts (pymatgen's or OPTIMADE's), not pymatgen objects: tho
 
 from typing import TYPE_CHECKING
 
+from cloud_lib import io
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -17,6 +19,11 @@ class NotAvailable(LookupError):
 
 class DamagedFile(ValueError):
     """A file whose content is not what it should be; the message says what was expected and found."""
+
+
+def is_synthetic() -> bool:
+    """Whether the data folder is the miniature, whose labels are made up."""
+    return (io.raw_dir() / "SYNTHETIC.txt").is_file()
 
 
 def available_tasks() -> list[str]:

@@ -6,6 +6,7 @@ The crystals of one compound may come from several sources: split by formula, ne
 
 import ast
 import base64
+import importlib.util
 import itertools
 import json
 import pickle
@@ -295,13 +296,8 @@ def _orbit(position: np.ndarray, rotations: np.ndarray, translations: np.ndarray
 # --------------------------------------------------------------------------------- AFLOW prototypes (pymatgen)
 def prototypes() -> Iterator[tuple[str, dict]]:
     """The 288 prototype crystals that pymatgen ships: (id, structure); Mehl et al., CMS 136, S1 (2017)."""
-    from importlib import resources
-
-    import pymatgen.analysis.prototypes
-
-    source = resources.files(pymatgen.analysis.prototypes).joinpath("aflow_prototypes.json.gz")
-    with resources.as_file(source) as path:
-        entries = records.read_json(path)
+    package = importlib.util.find_spec("pymatgen.analysis.prototypes")  # located, not imported: that takes seconds
+    entries = records.read_json(Path(package.submodule_search_locations[0], "aflow_prototypes.json.gz"))
     for number, entry in enumerate(entries):
         sites = entry["snl"]["sites"]
         yield f"aflow_prototypes:{number:03d}", records.slim_structure(
