@@ -151,7 +151,12 @@ def roc_curve(is_stable: ArrayLike, e_above_hull_pred: ArrayLike) -> tuple[NDArr
 
 
 def roc_auc(is_stable: ArrayLike, e_above_hull_pred: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a stable material is predicted below an unstable one."""
+    """Area under the ROC curve: the chance that a stable material is predicted below an unstable one.
+
+    NaN if one of the two classes is empty.
+    """
+    if len(np.unique(is_stable)) == 1:
+        return float("nan")
     fpr, tpr, _ = roc_curve(is_stable, e_above_hull_pred)
     return float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
 
@@ -167,7 +172,8 @@ def paired_bootstrap(statistic: Callable[[NDArray, NDArray], float], truth: Arra
                      seed: int = 0) -> Interval:
     """Percentile interval of statistic(truth, ours) - statistic(truth, other).
 
-    The same rows are drawn for both models, so what makes a row hard for both cancels.
+    The same rows are drawn for both models, so what makes a row hard for both cancels. Draws on which the
+    statistic is NaN (a ROC AUC without a stable material) are left out.
 
     Args:
         statistic: for example `mae`, or `lambda t, p: roc_auc(t <= 0, p)`.
@@ -178,5 +184,6 @@ def paired_bootstrap(statistic: Callable[[NDArray, NDArray], float], truth: Arra
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(len(truth), size=len(truth)) for _ in range(n_resamples)]
     differences = [statistic(truth[rows], ours[rows]) - statistic(truth[rows], other[rows]) for rows in drawn]
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    defined = [difference for difference in differences if not np.isnan(difference)] or [float("nan")]
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return Interval(statistic(truth, ours) - statistic(truth, other), float(low), float(high))

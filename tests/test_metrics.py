@@ -38,6 +38,7 @@ def test_missing_prediction_ranks_as_least_stable():
     worst = metrics.roc_auc([1, 0, 0], [np.nan, 0.1, 0.2])
     assert worst == 0
     assert metrics.roc_auc([1, 0], [np.nan, np.nan]) == 0.5
+    assert np.isnan(metrics.roc_auc([1, 1], [0, 0]))
 
 
 def test_discovery_metrics_equal_the_benchmarks(published):
@@ -87,12 +88,14 @@ def test_paired_bootstrap_cancels_shared_difficulty():
     wide = metrics.paired_bootstrap(metrics.mae, TRUTH, PREDICTION, TRUTH, n_resamples=200)
     assert wide.low < wide.difference < wide.high
     assert wide == metrics.paired_bootstrap(metrics.mae, TRUTH, PREDICTION, TRUTH, n_resamples=200)
+    rare = metrics.paired_bootstrap(metrics.roc_auc, [1, 0, 0, 0], [0, 1, 2, 3], [3, 2, 1, 0], n_resamples=50)
+    assert rare == (1, 1, 1)  # about a third of the draws has no stable material
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: metrics.mae([1, 2], [1]), r"expected vectors of one length, .*\(2,\).*\(1,\).*material_id"),
     (lambda: metrics.mae([], []), "expected vectors of one length"),
-    (lambda: metrics.roc_auc([1, 1], [0, 0]), "found 2 stable of 2"),
+    (lambda: metrics.roc_curve([1, 1], [0, 0]), "found 2 stable of 2"),
     (lambda: metrics.discovery_metrics([np.nan, 0], [0, 0]), "1 of 2 true hull distances are NaN"),
 ])
 def test_bad_input(call, message):
