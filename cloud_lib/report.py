@@ -48,7 +48,8 @@ def figure_size(width_mm: float = COLUMN_MM, height_mm: float = 65.0) -> tuple[f
 
 def panel_letter(ax: Axes, letter: str) -> None:
     """Bold a, b, c, d at the upper left corner, outside the axes."""
-    ax.text(-0.16, 1.04, letter, transform=ax.transAxes, fontsize=9, fontweight="bold", va="bottom")
+    ax.annotate(letter, xy=(0, 1), xycoords="axes fraction", xytext=(-30, 4), textcoords="offset points",
+                fontsize=9, fontweight="bold", va="bottom")
 
 
 # --------------------------------------------------------------------------------------------- products
@@ -145,11 +146,12 @@ def as_displayed(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _format_column(column: pd.Series) -> list[str]:
-    """A column of whole numbers (gaps make pandas store them as floats) is shown without decimals."""
-    present = column.dropna()
+    """The fewest decimals (0 to 3) that lose nothing in the whole column, else each number by itself."""
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    if numeric and (present == present.round()).all():
-        return [MISSING if pd.isna(value) else f"{value:,.0f}" for value in column]
+    present = column.dropna().astype(float) if numeric else column
+    for decimals in range(4) if numeric else ():
+        if (present - present.round(decimals)).abs().max() < 1e-12 or present.empty:
+            return [MISSING if pd.isna(value) else f"{value:,.{decimals}f}" for value in column]
     return [format_number(value) for value in column]
 
 

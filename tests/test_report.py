@@ -48,6 +48,18 @@ def test_compare_refuses_duplicate_lines():
         report.compare(pd.DataFrame({"task": ["a"], "paper": [1.0]}), twice, ["task"])
 
 
+def test_a_column_keeps_the_fewest_decimals_that_lose_nothing():
+    shown = report.as_displayed(pd.DataFrame({
+        "threshold": [-0.05, 0, 0.05], "n": [5.0, np.nan, 1e6], "F1": [0.467, 0.474, 0.38],
+        "mae": [0.25, 1 / 3, 12.0], "stable": [True, False, True], "none": [np.nan] * 3}))
+    assert shown["threshold"].tolist() == ["-0.05", "0.00", "0.05"]
+    assert shown["n"].tolist() == ["5", "–", "1,000,000"]
+    assert shown["F1"].tolist() == ["0.467", "0.474", "0.380"]
+    assert shown["mae"].tolist() == ["0.2500", "0.3333", "12.00"]
+    assert shown["stable"].tolist() == ["True", "False", "True"]
+    assert shown["none"].tolist() == ["–"] * 3
+
+
 @pytest.mark.parametrize("value, text", [
     (0.05, "0.0500"), (35.0057, "35.01"), (1265.4, "1,265"), (106113, "106,113"), (1e-5, "1e-05"),
     (-0.0513, "-0.0513"), (0.0, "0.0000"), (None, "–"), (np.nan, "–"), ("Pm-3m", "Pm-3m"), (True, "True"),
@@ -87,7 +99,7 @@ def test_readme_block(products):
     for name, ours in (("summary_04", np.nan), ("summary_03", "0.30")):  # one file per notebook, in order
         report.write_table(pd.DataFrame({"result": [name], "ours": [ours]}), name, "demo", "", {})
     report.update_readme("demo")
-    table = "| result | ours |\n| --- | --- |\n| summary_03 | 0.3000 |\n| summary_04 | – |"
+    table = "| result | ours |\n| --- | --- |\n| summary_03 | 0.3 |\n| summary_04 | – |"
     assert readme.read_text() == f"# Title\n{report.START}\n{table}\n{report.END}\nrest\n"
     readme.write_text("# Title\n")
     with pytest.raises(ValueError, match="expected the lines <!-- results:start -->"):
