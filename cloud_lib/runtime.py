@@ -45,6 +45,15 @@ class Run:
         """Whether attention can use the variable-length kernel."""
         return self.device.type == "cuda" and self.precision == "bf16" and models.varlen_attn is not None
 
+    @property
+    def exact_logging(self) -> bool:
+        """Whether looking at the loss of every step costs nothing."""
+        return self.device.type == "cpu" and self.world_size == 1
+
+    def token_budget(self, wanted: int | None) -> int:
+        """Tokens per micro-batch; a CPU likes what stays in its caches, a GPU large matrices."""
+        return wanted or (4_096 if self.device.type == "cpu" else 32_768)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -52,7 +61,7 @@ class Run:
         """The model as it is called in training: one gradient for all processes."""
         if self.world_size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum over the processes."""
@@ -181,9 +190,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay
             lr * layer_decay ** (L - i), the embeddings layer_decay ** (L + 1), the head 1.
         head_lr: peak learning rate of the head, if another.
     """
-    encoder = model.mlm.bert if isinstance(model, models.MaskedLM) else model.bert
-    n_layers = len(encoder.encoder.layer)
-    of_encoder = {id(parameter) for parameter in encoder.parameters()}
+    n_layers = len(model.bert.encoder.layer)
+    of_encoder = {id(parameter) for parameter in model.bert.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         in_head = id(parameter) not in of_encoder
