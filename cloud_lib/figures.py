@@ -197,33 +197,41 @@ def _finetuned_panel(ax: plt.Axes, table: pd.DataFrame, x: str) -> None:
     ax.legend(frameon=False)
 
 
-def frontier(runs: pd.DataFrame, laws: dict[str, dict[str, np.ndarray]], budgets: np.ndarray) -> Figure:
+def frontier(runs: pd.DataFrame, contours: pd.DataFrame, optimum: pd.DataFrame) -> Figure:
     """Figure 6: iso-loss contours over training compute and model size, with the compute-optimal frontier.
 
     Args:
-        runs: our runs; columns `train_flops`, `n_params_non_embedding`, `val_loss`.
-        laws: name -> arrays of one fitted law: `flops` (nc,), `n` (nn,), `loss` (nn, nc), `n_opt` (len(budgets),) and,
-            where known, `n_low`, `n_high` (95 % interval of `n_opt`). The first is drawn filled, the others dashed.
-        budgets: compute budgets of the frontier [FLOPs].
+        runs: our runs; columns `train_flops`, `n_params_non_embedding`.
+        contours: iso-loss lines; columns `law`, `loss` [nats], `n_params`, `train_flops`.
+        optimum: the frontier; columns `law`, `train_flops`, `n_params`, `n_params_low`, `n_params_high` (95 %
+            interval, may be NaN). The first law is drawn solid, the second dashed.
     """
-    fig, ((ax,),) = _panels(TEXT_MM * 0.72, 88)
-    for k, (name, law) in enumerate(laws.items()):
-        colour = (PALETTE["blue"], PALETTE["red"])[k]
-        levels = np.geomspace(np.nanmin(law["loss"]) * 1.02, np.nanquantile(law["loss"], 0.9), 12)
-        lines = ax.contour(law["flops"], law["n"], law["loss"], levels, linewidths=0.6 if k == 0 else 0.4,
-                           linestyles="-" if k == 0 else "--", cmap="viridis_r" if k == 0 else None,
-                           colors=None if k == 0 else [colour])
-        if k == 0:
-            ax.clabel(lines, fontsize=5.5, fmt="%.2f")
-        ax.plot(budgets, law["n_opt"], color=colour, lw=1.8, ls="-" if k == 0 else "--", label=f"{name}: optimum")
-        if "n_low" in law:
-            ax.fill_between(budgets, law["n_low"], law["n_high"], color=colour, alpha=0.18, lw=0)
-    ax.scatter(runs["train_flops"], runs["n_params_non_embedding"], s=9, c="black", zorder=5, label="our runs")
-    flops, sizes = next(iter(laws.values()))["flops"], next(iter(laws.values()))["n"]
-    ax.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="non-embedding parameters",
-           xlim=(flops.min(), flops.max()), ylim=(sizes.min(), sizes.max()))
-    ax.legend(frameon=True, framealpha=0.9, edgecolor="none", loc="upper left", fontsize=6.5)
+    fig, ((ax,),) = _panels(TEXT_MM * 0.75, 95)
+    limits = {"xlim": tuple(optimum["train_flops"].agg(["min", "max"])),
+              "ylim": (contours["n_params"].min(), contours["n_params"].max())}
+    for law, colour, dashes in zip(optimum["law"].unique(), (PALETTE["blue"], PALETTE["red"]), ("-", "--")):
+        lines = contours[contours["law"] == law]
+        shades = plt.get_cmap("Blues_r" if dashes == "-" else "Oranges_r")(np.linspace(0.1, 0.7, lines["loss"].nunique()))
+        for (loss, line), shade in zip(lines.groupby("loss"), shades):
+            ax.plot(line["train_flops"], line["n_params"], color=shade, lw=0.7, ls=dashes)
+            if dashes == "-":
+                _label_contour(ax, line, f"{loss:.2f}", limits)
+        best = optimum[optimum["law"] == law]
+        ax.fill_between(best["train_flops"], best["n_params_low"], best["n_params_high"], color=colour, alpha=0.2, lw=0)
+        ax.plot(best["train_flops"], best["n_params"], color=colour, lw=1.8, ls=dashes, label=f"optimum, {law}")
+    ax.scatter(runs["train_flops"], runs["n_params_non_embedding"], s=8, c="black", zorder=5, label="our runs")
+    ax.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="non-embedding parameters", **limits)
+    ax.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
     return fig
+
+
+def _label_contour(ax: plt.Axes, line: pd.DataFrame, text: str, limits: dict[str, tuple[float, float]]) -> None:
+    """Write the loss where a contour turns: its smallest compute, if that lies inside the axes."""
+    turn = line.loc[line["train_flops"].idxmin()]
+    (left, right), (low, high) = limits["xlim"], limits["ylim"]
+    if left * 1.1 < turn["train_flops"] < right and low < turn["n_params"] < high:
+        ax.annotate(text, (turn["train_flops"], turn["n_params"]), fontsize=6, ha="center", va="center",
+                    bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none"})
 
 
 def _short(value: float) -> str:

@@ -1,0 +1,324 @@
+"""The paper's experiments as tables: benchmarks prepared, units trained, predictions collected and scored.
+
+A long table of predictions has the columns `model`, `task`, `fold`, `seed`, `split`, `material_id`, `row`,
+`target`, `prediction`. It is what `results/` keeps and what every results table is made from.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cloud_lib import curation, io, metrics, report, sources, units
+from cloud_lib.representation import STYLES, string
+from cloud_lib.sources import matbench
+
+PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
+STAGES = ("run", "restore")
+BENCHMARKS = "benchmarks.csv"
+HYPERPARAMETERS = {  # Table 4's name -> ours
+    "pretrain": {"bert_hidden_layers": "n_layers", "bert_attention_heads": "n_heads",
+                 "max_position_embeddings": "max_positions", "embedding_size": "width", "pretrain_epochs": "epochs",
+                 "pretrain_learning_rate": "lr", "pretrain_batch_size": "batch_size",
+                 "pretrain_weight_decay": "weight_decay", "pretrain_warmup_ratio": "warmup_ratio"},
+    "finetune": {"mlp_hidden_layers": "n_hidden", "mlp_hidden_width": "hidden_width", "finetune_epochs": "epochs",
+                 "finetune_learning_rate": "lr", "finetune_batch_size": "batch_size",
+                 "finetune_weight_decay": "weight_decay", "finetune_warmup_ratio": "warmup_ratio",
+                 "finetune_frozen_encoder_epochs": "frozen_epochs"},
+}
+EXAMPLES = {  # name -> space group, cell [a, b, c, alpha, beta, gamma; angstrom, degrees], element -> coordinates
+    "rock salt, NaCl": (225, (5.640, 5.640, 5.640, 90, 90, 90), [("Na", (0, 0, 0)), ("Cl", (0.5, 0.5, 0.5))]),
+    "rutile, TiO2": (136, (4.594, 4.594, 2.959, 90, 90, 90), [("Ti", (0, 0, 0)), ("O", (0.3053, 0.3053, 0))]),
+    "perovskite, BaTiO3": (221, (4.006, 4.006, 4.006, 90, 90, 90),
+                           [("Ba", (0, 0, 0)), ("Ti", (0.5, 0.5, 0.5)), ("O", (0.5, 0.5, 0))]),
+    "zincblende, ZnS": (216, (5.409, 5.409, 5.409, 90, 90, 90), [("Zn", (0, 0, 0)), ("S", (0.25, 0.25, 0.25))]),
+    "zircon, ZrSiO4": (141, (6.607, 6.607, 5.982, 90, 90, 90),
+                       [("Zr", (0, 0, 0)), ("Si", (0, 0, 0.5)), ("O", (0, -0.1839, 0.3203))]),
+}
+
+
+# ------------------------------------------------------------------------------------------ preparation
+def prepare_benchmarks(tasks: Sequence[str], out_dir: Path, symprec: float, symprec_by_task: dict[str, float],
+                       n_workers: int) -> pd.DataFrame:
+    """Table 3 beside what is here: every task's rows become strings in `out_dir`/<task>.parquet.
+
+    Returns:
+        One line per task of the paper's Table 3 that `tasks` names: its benchmark, property and unit, the number of
+        usable and of official rows, rejects, folds, symprec [angstrom], source, and whether it is `available`.
+    Raises:
+        ValueError: `tasks` or `symprec_by_task` names an unknown task.
+    """
+    paper = report.paper_values("table3_datasets")
+    if unknown := sorted({*tasks, *symprec_by_task} - set(paper["task"])):
+        raise ValueError(f"expected tasks of {paper['task'].tolist()}, found {unknown[:3]}; correct the parameter")
+    paper = paper[paper["task"].isin(tasks)].rename(columns={"size": "rows_official"})
+    found = [_prepare(task, out_dir, symprec_by_task.get(task, symprec), n_workers) for task in paper["task"]]
+    columns = ["benchmark", "task", "property", "unit", "rows", "rows_official", "rejects", "folds", "symprec",
+               "source", "available"]
+    table = paper.merge(pd.DataFrame(found), on="task", validate="1:1").reindex(columns=columns)
+    with io.atomic_path(out_dir / BENCHMARKS) as temporary:
+        table.to_csv(temporary, index=False)
+    return table
+
+
+def read_benchmarks(out_dir: Path, tasks: Sequence[str], max_rows: int | None = None) -> pd.DataFrame:
+    """The lines of `tasks` in the table that `prepare_benchmarks` wrote, with a column `chosen`.
+
+    Args:
+        max_rows: tasks with more rows are not chosen; None or 0 = no limit.
+    Raises:
+        FileNotFoundError: the tasks were not prepared.
+        ValueError: an unknown task.
+    """
+    if not (out_dir / BENCHMARKS).is_file():
+        raise FileNotFoundError(f"expected prepared tasks in {out_dir}, found none; run notebook 01_data_curation first")
+    table = pd.read_csv(out_dir / BENCHMARKS)
+    if unknown := sorted(set(tasks) - set(table["task"])):
+        raise ValueError(f"expected tasks of {table['task'].tolist()}, found {unknown[:3]}; correct the parameter, or "
+                         "add them to notebook 01_data_curation")
+    table = table[table["task"].isin(tasks)].reset_index(drop=True)
+    return table.assign(chosen=table["available"] & ~(table["rows"] > (max_rows or np.inf)))
+
+
+def _prepare(task: str, out_dir: Path, symprec: float, n_workers: int) -> dict[str, Any]:
+    try:
+        frame = sources.load_task(task)
+    except sources.NotAvailable:
+        return {"task": task, "available": False, "source": "not here"}
+    made = curation.prepare_task(frame, out_dir, task, symprec, n_workers)
+    return {"task": task, "available": True, "rows": made["n_usable"], "rejects": sum(made["rejects"].values()),
+            "folds": frame.attrs["folds"], "symprec": symprec, "source": frame.attrs["source"]}
+
+
+def example_strings(symprec: float = 0.01) -> pd.DataFrame:
+    """Five well-known crystals in every style: columns `crystal`, then one per style."""
+    from pymatgen.core import Lattice, Structure
+
+    from cloud_lib.symmetry import symmetry_record
+
+    found = []
+    for name, (space_group, cell, sites) in EXAMPLES.items():
+        species, coordinates = zip(*sites)
+        structure = Structure.from_spacegroup(space_group, Lattice.from_parameters(*cell), species, coordinates)
+        record = symmetry_record(structure, symprec, engine="spglib")
+        found.append({"crystal": name} | {style: string(record, style) for style in STYLES})
+    return pd.DataFrame(found)
+
+
+# ----------------------------------------------------------------------------------------- pre-training
+def pretrain(config: Any, data_dir: Path, out_dir: Path, n_processes: int) -> dict[str, Any]:
+    """Pre-train with one process per core or GPU, or return the finished result; adds its `out_dir`."""
+    unit = {"kind": "pretrain", "config": io.plain(config), "data_dir": str(data_dir), "out_dir": str(out_dir)}
+    if n_processes > 1:
+        return units.launch(unit, n_processes) | {"out_dir": str(out_dir)}
+    return units.run_units([unit], 1)[0] | {"out_dir": str(out_dir)}
+
+
+def publish(result: dict[str, Any], target: Path, tokenizer: Any) -> Path:
+    """Copy the best model of a finished pre-training, and its tokenizer, to `target` (atomic)."""
+    with io.atomic_path(target) as temporary:
+        shutil.copytree(Path(result["out_dir"]) / "model", temporary)
+        tokenizer.save(temporary)
+    return target
+
+
+def masked_accuracy(result: dict[str, Any]) -> pd.DataFrame:
+    """Accuracy on held-out masked tokens per part of the string: the model, the two baselines."""
+    columns = {"unigram": result["baselines"]["unigram"], "per-position": result["baselines"]["per_position"],
+               "model": result}
+    parts = [*result["accuracy_by_part"], "all"]
+    table = {name: [*found["accuracy_by_part"].values(), found["accuracy"]] for name, found in columns.items()}
+    losses = {"part": ["loss (nats)"]} | {name: [found["loss"]] for name, found in columns.items()}
+    return pd.concat([pd.DataFrame({"part": parts} | table), pd.DataFrame(losses)], ignore_index=True)
+
+
+def attention_rows(tokens: list[str], weights: np.ndarray) -> pd.DataFrame:
+    """Attention (n, n) between n tokens as rows: `position`, `token`, `attended`, `attended_token`, `weight`."""
+    i, j = np.indices(weights.shape).reshape(2, -1)
+    names = np.asarray(tokens)
+    return pd.DataFrame({"position": i, "token": names[i], "attended": j, "attended_token": names[j],
+                         "weight": weights.ravel()})
+
+
+def training_log(result: dict[str, Any]) -> pd.DataFrame:
+    """`log.jsonl` of a run: one row per logged step."""
+    return pd.read_json(Path(result["out_dir"]) / "log.jsonl", lines=True)
+
+
+# ------------------------------------------------------------------------------------------ fine-tuning
+def finetune_units(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], folds: Sequence[int],
+                   seeds: Sequence[int], out_dir: Path) -> list[dict[str, Any]]:
+    """One unit for every model, task, fold and seed.
+
+    Args:
+        token_dir: holds one packed folder per task.
+        configs: model name -> its train.FinetuneConfig (fold and seed are set here).
+    Raises:
+        ValueError: a fold that the task does not have.
+    """
+    found = []
+    for task in tasks:
+        present = np.unique(np.load(token_dir / task / "labels.npz")["fold"])
+        if missing := sorted(set(folds) - set(present.tolist())):
+            raise ValueError(f"expected folds of {present.tolist()} for {task}, found {missing}; correct the parameter")
+        for model, config in configs.items():
+            found += [{"kind": "finetune", "config": io.plain(dataclasses.replace(config, fold=fold, seed=seed)),
+                       "data_dir": str(token_dir / task), "out_dir": str(out_dir / task / model / f"fold{fold}-seed{seed}")}
+                      for fold in folds for seed in seeds]
+    return found
+
+
+def predictions(todo: list[dict[str, Any]], results: Path, stage: str, n_workers: int,
+                threads: int = 1) -> pd.DataFrame:
+    """Train the units and keep their predictions in `results`, or (`stage` "restore") read them from there.
+
+    Raises:
+        ValueError: `stage` is neither "run" nor "restore".
+        FileNotFoundError: "restore", and no predictions were kept.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"expected stage of {STAGES}, found {stage!r}; correct the parameter")
+    if stage == "run":
+        units.run_units(todo, n_workers, threads)
+        _keep(pd.concat([_read(unit) for unit in todo], ignore_index=True)[PREDICTION_COLUMNS], results)
+    if not results.is_file():
+        raise FileNotFoundError(f"expected kept predictions in {results}, found none; run with stage=run first")
+    return pd.read_parquet(results)
+
+
+def _read(unit: dict[str, Any]) -> pd.DataFrame:
+    folder = Path(unit["out_dir"])
+    return pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name, task=folder.parents[1].name)
+
+
+def _keep(table: pd.DataFrame, results: Path) -> None:
+    with io.atomic_path(results) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def dummy(token_dir: Path, tasks: Iterable[str], folds: Sequence[int]) -> pd.DataFrame:
+    """Predictions of the mean over all rows outside the test fold, as MatBench's own dummy."""
+    return pd.concat([_dummy(token_dir / task, task, fold) for task in tasks for fold in folds], ignore_index=True)
+
+
+def _dummy(folder: Path, task: str, fold: int) -> pd.DataFrame:
+    labels = np.load(folder / "labels.npz")
+    test = labels["fold"] == fold
+    names = np.array(io.read_json(folder / "material_id.json"))
+    return pd.DataFrame({"model": "dummy", "task": task, "fold": fold, "seed": 0, "split": "test",
+                         "material_id": names[test], "row": labels["row"][test], "target": labels["target"][test],
+                         "prediction": labels["target"][~test].mean()})
+
+
+# ---------------------------------------------------------------------------------------------- scores
+def scores(table: pd.DataFrame, split: str = "test") -> pd.DataFrame:
+    """MAE per model and task: over each fold's rows, then mean and deviation over folds; seeds are averaged.
+
+    Columns `task`, `model`, `mae`, `mae_std` (unit of the task; over folds, ddof 0 as MatBench), `rows`, `folds`,
+    `seeds`, `mad` (mean absolute deviation of the targets, for MAE/MAD).
+    """
+    found = []
+    for (task, model), rows in table[table["split"] == split].groupby(["task", "model"], sort=False):
+        by_fold = rows.assign(error=(rows["prediction"] - rows["target"]).abs())
+        by_fold = by_fold.groupby(["fold", "seed"])["error"].mean().groupby("fold").mean()
+        found.append({"task": task, "model": model, "mae": by_fold.mean(), "mae_std": by_fold.std(ddof=0),
+                      "rows": rows["row"].nunique(), "folds": len(by_fold), "seeds": rows["seed"].nunique(),
+                      "mad": metrics.mad(rows.drop_duplicates("row")["target"])})
+    return pd.DataFrame(found)
+
+
+def fold_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """Test MAE of every model and task in each fold (seeds averaged): columns `task`, `model`, one per fold."""
+    test = table[table["split"] == "test"].assign(error=lambda t: (t["prediction"] - t["target"]).abs())
+    return test.pivot_table("error", ["task", "model"], "fold", sort=False).reset_index()
+
+
+def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
+    """Published models scored on exactly the rows and folds of our test predictions; empty if there are none."""
+    try:
+        published = matbench.load_leaderboard()
+    except sources.NotAvailable:
+        return pd.DataFrame(columns=["task", "model", "mae", "mae_std", "rows", "folds"])
+    ours = table[table["split"] == "test"].drop_duplicates(["task", "row"])[["task", "row", "fold", "material_id",
+                                                                             "target"]]
+    joined = published.merge(ours, on=["task", "row"], validate="m:1").assign(split="test", seed=0)
+    return scores(joined).drop(columns=["seeds", "mad"])
+
+
+def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.DataFrame, models: Sequence[str],
+                    main: str) -> pd.DataFrame:
+    """Tables 1 and 2: a line per task; the paper's CLOUD, ours, their ratio, and every other model of `models`.
+
+    Args:
+        found: `scores` of all models, ours and published ones on the same rows.
+        paper: the paper's table; its model CLOUD is compared.
+        benchmarks: Table 3 as `prepare_benchmarks` returns it.
+        main: the model that is compared with the paper.
+    """
+    lines = benchmarks[["task", "unit", "rows_official", "folds"]].rename(columns={"folds": "fold origin"})
+    ours = found[found["model"] == main].drop(columns="model").rename(columns={"mae": "ours", "mae_std": "ours_std"})
+    cloud = paper[paper["model"] == "CLOUD"].rename(columns={"mae_mean": "paper (all rows)",
+                                                              "mae_std": "paper (all rows)_std"})
+    cloud = cloud.drop(columns=["model", "type"])
+    lines = lines.merge(cloud, on="task", how="left", validate="1:1").merge(ours, on="task", how="left", validate="1:1")
+    lines["ratio"] = lines["ours"] / lines["paper (all rows)"]
+    lines["ours/MAD"] = lines["ours"] / lines["mad"]
+    for model in models:
+        rows = found[found["model"] == model].set_index("task")
+        lines[model], lines[f"{model}_std"] = lines["task"].map(rows["mae"]), lines["task"].map(rows["mae_std"])
+    paper_columns = [c for c in ("paper (all rows)", "paper (all rows)_std") if c in lines]
+    order = ["task", "unit", "rows", "rows_official", "folds", "fold origin", "seeds", *paper_columns, "ours",
+             "ours_std", "ratio", "ours/MAD"]
+    return lines[order + [c for model in models for c in (model, f"{model}_std")]]
+
+
+def paired_scores(found: pd.DataFrame, pretrained: str, scratch: str) -> pd.DataFrame:
+    """Figure 2: a line per task with `mae_` and `std_` of the two models, and the change in per cent."""
+    wide = found[found["model"].isin([pretrained, scratch])].pivot(index="task", columns="model", values=["mae", "mae_std"])
+    wide = wide.reindex(found["task"].unique())
+    table = pd.DataFrame({f"{column}_{name}": wide[value, model] for name, model in (("scratch", scratch),
+                          ("pretrained", pretrained)) for column, value in (("mae", "mae"), ("std", "mae_std"))})
+    table["change_percent"] = 100 * (table["mae_pretrained"] / table["mae_scratch"] - 1)
+    return table.reset_index()
+
+
+def paper_models(paper: pd.DataFrame, exclude: Sequence[str] = ()) -> pd.DataFrame:
+    """The paper's numbers with a line per task and a column per model, marked (paper)."""
+    wide = paper[~paper["model"].isin(exclude)].pivot(index="task", columns="model", values="mae_mean")
+    wide = wide[[model for model in paper["model"].unique() if model in wide]]
+    return wide.add_suffix(" (paper)").reset_index().rename_axis(columns=None)
+
+
+def hyperparameters(config: dict[str, Any], stage: str) -> pd.DataFrame:
+    """Table 4: the paper's values beside those of this profile.
+
+    Args:
+        config: the settings that were used.
+        stage: "pretrain" or "finetune".
+    """
+    paper = report.paper_values("table4_hyperparameters").set_index("hyperparameter")["values"]
+    ours = [(name, config[key]) for name, key in HYPERPARAMETERS[stage].items() if key in config]
+    return pd.DataFrame([{"hyper-parameter": name, "paper": paper[name].replace(";", ", "), "ours": str(value)}
+                         for name, value in ours])
+
+
+def pretraining_note(curated: dict[str, Any]) -> str:
+    """What every results table says about its pre-training corpus: strings, symprec, test crystals in or out."""
+    n, excluded = curated["packed"]["corpus"]["n"], curated["packed"]["corpus"]["n_excluded"]
+    leak = f"{excluded:,} crystals of the test folds left out" if curated["exclude_test_crystals"] else \
+        "test crystals not left out, as in the paper"
+    return f"pre-trained on {n:,} {curated['style']} strings ({leak}), symprec {curated['symprec']} angstrom"
+
+
+def summary(table: pd.DataFrame, metric: str, notebook: str) -> pd.DataFrame:
+    """Lines of the README's table from a `benchmark_table`."""
+    paper = "paper (all rows)"
+    lines = pd.DataFrame({"result": table["task"] + f" {metric} (" + table["unit"] + ")", "paper": table[paper],
+                          "ours": table["ours"], "ours_std": table["ours_std"], "rows": table["rows"],
+                          "rows_official": table["rows_official"], "notebook": notebook,
+                          "make": notebook.partition("_")[2]})
+    return lines.assign(paper_std=table[f"{paper}_std"]) if f"{paper}_std" in table else lines
