@@ -59,6 +59,20 @@ def _cmd_miniature(args: argparse.Namespace) -> None:
     print(f"synthetic data for trying things out in {write_miniature(args.folder)}")
 
 
+def _cmd_string(args: argparse.Namespace) -> None:
+    import json
+
+    from cloud_lib.representation import describe
+
+    n_errors = n_rows = 0
+    for path in args.paths:
+        for row in describe(path, args.style, args.symprec, args.engine):
+            n_rows, n_errors = n_rows + 1, n_errors + (row["error"] is not None)
+            print(json.dumps(row) if args.format == "jsonl" else row["string"] or f"# {row['error']}")
+    if n_errors:
+        print(f"{n_errors} of {n_rows} crystals have no string, see their error", file=sys.stderr)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -97,6 +111,16 @@ def build_parser() -> argparse.ArgumentParser:
     miniature = commands.add_parser("miniature", help="write a tiny folder of synthetic data in the real layout")
     miniature.add_argument("folder", type=Path)
     miniature.set_defaults(run=_cmd_miniature)
+
+    string = commands.add_parser("string", help="print the symmetry strings of crystals")
+    string.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER",
+                        help="CIF, POSCAR, extended XYZ, OPTIMADE JSON or JSON Lines; .gz is read, too")
+    string.add_argument("--style", default="canonical",
+                        choices=("paper", "canonical", "site", "composition", "number", "no_wyckoff"))
+    string.add_argument("--format", choices=("jsonl", "text"), default="jsonl")
+    string.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
+    string.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")
+    string.set_defaults(run=_cmd_string)
     return parser
 
 

@@ -65,7 +65,7 @@ def _from_optimade(record: dict) -> Crystal:
         raise CrystalError(f"lattice: expected 3 x 3 numbers, found shape {lattice.shape}")
     names = {s["name"]: _species_symbol(s) for s in entry["species"]}
     symbols = tuple(map(names.__getitem__, entry["species_at_sites"]))
-    if not np.isfinite(lattice).all() or not _volume(lattice):
+    if not 0 < _volume(lattice) < np.inf:
         return Crystal(lattice, symbols, cartesian)  # rejected with its reason by the check of the lattice
     return Crystal(lattice, symbols, cartesian @ np.linalg.inv(lattice))
 
@@ -109,31 +109,36 @@ def checked_volume(crystal: Crystal) -> float:
     unknown = sorted(set(crystal.symbols) - NUMBERS.keys())
     if unknown:
         raise CrystalError(f"unknown species: expected an element or D, found {unknown[:3]}")
-    if not np.isfinite(crystal.lattice).all() or not np.isfinite(crystal.positions).all():
-        raise CrystalError("a lattice vector or position is not a finite number")
-    if abs(crystal.lattice).max() > MAX_LENGTH or abs(crystal.positions).max() > MAX_LENGTH:
-        raise CrystalError(f"a lattice vector [A] or fractional position exceeds {MAX_LENGTH:g}")
+    for values in (crystal.lattice, crystal.positions):
+        if not np.abs(values).max() <= MAX_LENGTH:  # also true for NaN
+            raise CrystalError(f"expected lattice vectors [A] and fractional positions up to {MAX_LENGTH:g} in size, "
+                               f"found {values[~(np.abs(values) <= MAX_LENGTH)][:3].tolist()}")
     volume = _volume(crystal.lattice)
     if volume < MIN_VOLUME_PER_SITE * n:
         raise CrystalError(f"volume: expected at least {MIN_VOLUME_PER_SITE} A^3 per atom, found {volume / n:.3g}")
-    if n > 1:
-        _check_distances(crystal)
     return volume
 
 
-def _check_distances(crystal: Crystal) -> None:
-    """Reject atoms closer than MIN_DISTANCE; exact where lattice planes are more than 2 MIN_DISTANCE apart."""
+def check_distances(crystal: Crystal, sites: list[int]) -> None:
+    """Reject atoms closer than MIN_DISTANCE to one of the listed `sites`, one per orbit being enough.
+
+    Exact where lattice planes are more than 2 MIN_DISTANCE apart; in narrower cells it may miss a pair.
+
+    Raises:
+        CrystalError: overlapping atoms.
+    """
     positions = crystal.positions
-    for start in range(0, len(positions) - 1, 256):
-        rows, others = positions[start : start + 256], positions[start:]
-        difference = rows[:, None] - others
+    n = len(positions)
+    for start in range(0, len(sites), 256):
+        rows = np.array(sites[start : start + 256])
+        difference = (positions[rows, None] - positions).reshape(-1, 3)
         difference -= np.rint(difference)
         cartesian = difference @ crystal.lattice
-        squared = np.einsum("ijk,ijk->ij", cartesian, cartesian)
-        squared[np.arange(len(rows)), np.arange(len(rows))] = np.inf
+        squared = np.einsum("ij,ij->i", cartesian, cartesian)
+        squared[rows + n * np.arange(len(rows))] = np.inf  # an atom and itself
         if squared.min() < MIN_DISTANCE**2:
-            i, j = np.unravel_index(squared.argmin(), squared.shape)
+            i, j = divmod(int(squared.argmin()), n)
             raise CrystalError(
                 f"overlapping atoms: expected at least {MIN_DISTANCE} A between atoms, found "
-                f"{squared.min() ** 0.5:.3f} A between numbers {start + i + 1} and {start + j + 1}"
+                f"{squared.min() ** 0.5:.3f} A between numbers {rows[i] + 1} and {j + 1}"
             )

@@ -40,35 +40,43 @@ def read_crystals(path: str | Path) -> Iterator[Entry]:
     Raises:
         FileNotFoundError: no such file or folder, or no readable file in the folder.
     """
+    return ((material_id, crystal) for _, material_id, crystal in read_files(path))
+
+
+def read_files(path: str | Path) -> Iterator[tuple[Path, str, Crystal | CrystalError]]:
+    """As `read_crystals`, each entry with its file in front."""
     path = Path(path)
+    files = [path]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p))
         if not files:
             raise FileNotFoundError(f"{path}: expected CIF, POSCAR, extended XYZ or OPTIMADE files, found none")
-        for file in files:
-            yield from read_crystals(file)
-        return
-    if not path.is_file():
+    elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    return ((file, *entry) for file in files for entry in _guarded(file))
+
+
+def _guarded(path: Path) -> Iterator[Entry]:
+    """The entries of one file; what goes wrong inside a third-party parser becomes a reject."""
     reader = _reader(path)
     if reader is None:
         yield path.stem, CrystalError(f"unknown file type {path.name!r}: expected .cif, POSCAR, .extxyz, .json or "
                                       f".jsonl, optionally .gz")
         return
-    yield from _guarded(path, reader)
-
-
-def _guarded(path: Path, reader: Any) -> Iterator[Entry]:
-    """The reader's entries; what goes wrong inside a third-party parser becomes a reject."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield from reader(path)
-    except CrystalError as error:
-        yield path.stem, error
-    except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError,
-            RuntimeError, MemoryError, StopIteration) as error:
-        yield path.stem, CrystalError(f"cannot read {path.name}: {type(error).__name__}: {_one_line(error)}")
+    entries = reader(path)
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                entry = next(entries, None)
+        except CrystalError as error:
+            entry = (path.stem, error)
+        except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+                AssertionError, RuntimeError, MemoryError) as error:
+            entry = (path.stem, CrystalError(f"cannot read {path.name}: {type(error).__name__}: {_one_line(error)}"))
+        if entry is None:
+            return
+        yield entry
 
 
 def _one_line(error: Exception) -> str:

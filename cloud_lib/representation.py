@@ -15,8 +15,10 @@ Ablations of `canonical`: `composition` (third field only), `number` ("sg221" fo
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ from cloud_lib.elements import NUMBERS, RANKS
 from cloud_lib.spacegroups import (
     LETTERS, MAX_REPEAT, generator, multiplicities, normalizer_permutations, space_group_of,
 )
-from cloud_lib.symmetry import SymmetryRecord
+from cloud_lib.symmetry import CrystalError, SymmetryRecord, read_files, symmetry_record
 
 STYLES = ("paper", "canonical", "site")
 ABLATION_STYLES = ("composition", "number", "no_wyckoff")
@@ -175,6 +177,29 @@ def _parse_wyckoff(words: list[str], space_group: int, style: str) -> dict:
         else:
             raise ValueError(f"Wyckoff field: expected symbols of space group {space_group}, found {word!r}")
     return dict(counts)
+
+
+def describe(path: str | Path, style: str = "canonical", symprec: float = 0.01, engine: str = "auto") -> Iterator[dict]:
+    """One row per crystal of a file or folder: file, material_id, formula_reduced, space_group, string, error.
+
+    A crystal that cannot be described has its reason in `error` and None in the three columns before it.
+
+    Raises:
+        FileNotFoundError: no such file, or no readable file in the folder.
+        ValueError: unknown style or engine, or symprec not positive.
+    """
+    for file, material_id, crystal in read_files(path):
+        row = {"file": str(file), "material_id": material_id, "formula_reduced": None, "space_group": None,
+               "string": None, "error": None}
+        try:
+            if isinstance(crystal, CrystalError):
+                raise crystal
+            record = symmetry_record(crystal, symprec, engine)
+            row |= {"formula_reduced": record.formula_reduced, "space_group": record.space_group,
+                    "string": string(record, style)}
+        except CrystalError as error:
+            row["error"] = str(error)
+        yield row
 
 
 def formula_of_sites(wyckoff: dict[tuple[str, str], int]) -> dict[str, int]:

@@ -14,12 +14,13 @@ from functools import cache
 from math import gcd
 from typing import Any, NamedTuple
 
-from cloud_lib.crystal import Crystal, CrystalError, as_crystal, checked_volume
+from cloud_lib.crystal import Crystal, CrystalError, as_crystal, check_distances, checked_volume
 from cloud_lib.elements import NUMBERS, RANKS
-from cloud_lib.readers import read_crystals
+from cloud_lib.readers import read_crystals, read_files
 from cloud_lib.spacegroups import hall_number, multiplicities, origin_choice
 
-__all__ = ["Crystal", "CrystalError", "Orbit", "SymmetryRecord", "as_crystal", "read_crystals", "symmetry_record"]
+__all__ = ["Crystal", "CrystalError", "Orbit", "SymmetryRecord", "as_crystal", "read_crystals", "read_files",
+           "symmetry_record"]
 
 ENGINES = ("auto", "spglib", "moyopy")
 _SPGLIB_ANGLE_TOLERANCE = 5.0  # degrees; pymatgen's default, hence that of the published code
@@ -79,28 +80,39 @@ def symmetry_record(crystal: Any, symprec: float = 0.01, engine: str = "auto") -
         raise ValueError(f"expected engine in {ENGINES} and symprec > 0, found {engine!r} and {symprec}")
     crystal = as_crystal(crystal)
     volume = checked_volume(crystal)
-    if engine == "spglib":
-        return _record(crystal, volume, "spglib", *_search_spglib(crystal, symprec))
     try:
-        return _record(crystal, volume, "moyopy", *_search_moyopy(crystal, symprec))
+        found = _search(crystal, symprec, engine)
     except CrystalError:
-        if engine == "moyopy":
-            raise
-    return _record(crystal, volume, "spglib", *_search_spglib(crystal, symprec))
+        check_distances(crystal, list(range(len(crystal.symbols))))  # the usual cause, said more clearly
+        raise
+    first = dict(zip(reversed(found.orbits), range(len(crystal.symbols) - 1, -1, -1)))  # orbit -> its first atom
+    sites = sorted(first.values())
+    check_distances(crystal, sites)
+    sizes, symbols, letters = multiplicities(found.space_group), crystal.symbols, found.letters
+    orbits = tuple([Orbit(symbols[i], letters[i], sizes[letters[i]], found.site_symmetries[i]) for i in sites])
+    return SymmetryRecord(found.space_group, hall_number(found.space_group), origin_choice(found.space_group),
+                          orbits, dict(Counter(symbols)), volume / len(symbols), found.symprec, found.engine)
 
 
-def _record(crystal: Crystal, volume: float, engine: str, number: int, symprec: float,
-            representatives: list[int], letters: list[str], site_symmetries: list[str]) -> SymmetryRecord:
-    """`representatives`: for every atom the index of an atom that stands for its orbit."""
-    first: dict[int, int] = {}
-    for site, representative in enumerate(representatives):
-        first.setdefault(representative, site)
-    sizes = multiplicities(number)
-    orbits = tuple(
-        Orbit(crystal.symbols[i], letters[i], sizes[letters[i]], site_symmetries[i]) for i in first.values()
-    )
-    return SymmetryRecord(number, hall_number(number), origin_choice(number), orbits,
-                          dict(Counter(crystal.symbols)), volume / len(crystal.symbols), symprec, engine)
+class _Found(NamedTuple):
+    """Answer of an engine; the lists have one entry per atom, `orbits` the number of its orbit."""
+
+    engine: str
+    space_group: int
+    symprec: float
+    orbits: list[int]
+    letters: list[str]
+    site_symmetries: list[str]
+
+
+def _search(crystal: Crystal, symprec: float, engine: str) -> _Found:
+    if engine != "spglib":
+        try:
+            return _search_moyopy(crystal, symprec)
+        except CrystalError:
+            if engine == "moyopy":
+                raise
+    return _search_spglib(crystal, symprec)
 
 
 @cache
@@ -111,7 +123,7 @@ def _moyopy() -> Any:
     return moyopy
 
 
-def _search_moyopy(crystal: Crystal, symprec: float) -> tuple:
+def _search_moyopy(crystal: Crystal, symprec: float) -> _Found:
     moyopy = _moyopy()
     numbers = [NUMBERS[s] for s in crystal.symbols]
     cell = moyopy.Cell(crystal.lattice.tolist(), crystal.positions.tolist(), numbers)
@@ -119,7 +131,7 @@ def _search_moyopy(crystal: Crystal, symprec: float) -> tuple:
         found = moyopy.MoyoDataset(cell, symprec=symprec, setting=moyopy.Setting.spglib())
     except ValueError as error:
         raise CrystalError(f"symmetry search failed (moyopy): {error}") from error
-    return found.number, found.symprec, found.orbits, found.wyckoffs, found.site_symmetry_symbols
+    return _Found("moyopy", found.number, found.symprec, found.orbits, found.wyckoffs, found.site_symmetry_symbols)
 
 
 @cache
@@ -130,7 +142,7 @@ def _spglib() -> Any:
     return spglib
 
 
-def _search_spglib(crystal: Crystal, symprec: float) -> tuple:
+def _search_spglib(crystal: Crystal, symprec: float) -> _Found:
     spglib = _spglib()
 
     numbers = [NUMBERS[s] for s in crystal.symbols]
@@ -144,5 +156,5 @@ def _search_spglib(crystal: Crystal, symprec: float) -> tuple:
     if found.hall_number != hall_number(found.number):
         raise CrystalError(f"symmetry search (spglib): expected Hall number {hall_number(found.number)}, "
                            f"found {found.hall_number}")
-    return (int(found.number), symprec, found.crystallographic_orbits.tolist(), list(found.wyckoffs),
-            list(found.site_symmetry_symbols))
+    return _Found("spglib", int(found.number), symprec, found.crystallographic_orbits.tolist(),
+                  list(found.wyckoffs), list(found.site_symmetry_symbols))
