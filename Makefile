@@ -87,7 +87,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 
 test: $(READY)  ## unit tests, then every notebook with the smoke profile, from scratch
 	$(RUN) -m pytest
-	rm -rf build/smoke data/miniature data/processed/smoke checkpoints/smoke
+	rm -rf build/smoke data/miniature $(wildcard $(addsuffix /smoke,data/processed checkpoints results tables figures))
 	$(MAKE) all PROFILE=smoke
 
 clean:  ## remove build/; data, checkpoints, tables and figures stay
