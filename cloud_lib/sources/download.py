@@ -21,7 +21,7 @@ import requests
 from cloud_lib import io
 from cloud_lib.sources import DamagedFile, NotAvailable
 
-CHUNK = 1 << 18
+CHUNK = 1 << 15  # what a reset connection may lose
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 LONGEST_PAUSE_S = 60.0
 
@@ -109,21 +109,37 @@ def _fetch_one(address: str, target: Path, expected: Expected, patience: Patienc
         fcntl.flock(file, fcntl.LOCK_EX)
         if target.is_file() and not mismatch(target, expected):
             return target
-        if not expected.verifiable:  # nothing would tell a continued file from two halves of different ones
-            file.truncate(0)
-        resumed = file.tell() > 0
-        difference = _complete(address, file, expected, patience)
-        if difference and resumed:  # what an earlier run left may be of another version
-            file.truncate(0)
-            difference = _complete(address, file, expected, patience)
-        if difference:
-            partial.unlink()
-            raise DamagedFile(f"served {difference}")
-        os.replace(partial, target)
+        if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            return _fetch_one(address, target, expected, patience)  # the first gave up and removed its file
+        try:
+            _complete(address, file, expected, patience)
+            os.replace(partial, target)
+        finally:
+            if partial.exists() and not partial.stat().st_size:
+                partial.unlink()
     return target
 
 
-def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> str:
+def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> None:
+    """Bring `file` to the expected content, continuing what an earlier run left if its checksum can be verified.
+
+    Raises:
+        NotAvailable: as _transfer_all().
+        DamagedFile: the server has another content; `file` is empty then.
+    """
+    if not expected.verifiable:  # nothing would tell a continued file from two halves of different ones
+        file.truncate(0)
+    resumed = file.seek(0, os.SEEK_END) > 0
+    difference = _transfer_all(address, file, expected, patience)
+    if difference and resumed:  # what the earlier run left may be of another version
+        file.truncate(0)
+        difference = _transfer_all(address, file, expected, patience)
+    if difference:
+        file.truncate(0)
+        raise DamagedFile(f"served {difference}")
+
+
+def _transfer_all(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> str:
     """Transfer until the end of the file, with retries; the difference from the expected file, or "".
 
     Raises:
@@ -137,10 +153,10 @@ def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patien
             break
         except (_Interrupted, requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:
-            failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
+            failures = 0 if file.seek(0, os.SEEK_END) > before else failures + 1
             if failures >= patience.attempts:
                 raise NotAvailable(f"{failures} attempts without a byte, the last: {error}") from error
-            pause = getattr(error, "wait_s", None) or patience.pause_s * 2 ** (failures - 1)
+            pause = getattr(error, "wait_s", None) or patience.pause_s * 2 ** max(0, failures - 1)
             time.sleep(min(pause, LONGEST_PAUSE_S))
         except requests.RequestException as error:  # an address that is none, too many redirects
             raise NotAvailable(str(error)) from error
@@ -171,6 +187,7 @@ def _transfer(address: str, file: BinaryIO, expected: Expected, timeout_s: float
         if start and answer.status_code == 200:  # the server sends everything again
             start = file.truncate(0)
         total = start + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+        answer.raw.enforce_content_length = False  # else the last bytes before an early end would be thrown away
         _write(answer.iter_content(CHUNK), file)
     if total is not None and file.tell() < total:
         raise _Interrupted(f"connection closed after {file.tell()} of {total} bytes")
