@@ -145,7 +145,7 @@ class PackedTokens:
         if not file.is_file():
             raise FileNotFoundError(f"expected a task's labels in {file}, found none; give a folder under tasks/")
         try:
-            with np.load(file) as stored:
+            with open(file, "rb") as handle, np.load(handle) as stored:
                 return {key: stored[key] for key in LABEL_KEYS}
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise ValueError(f"expected labels in {file}, found damage: {error}; run make data") from error
