@@ -18,7 +18,9 @@ import numpy as np
 
 DELTA = 1e-3       # Huber's delta on log loss (Hoffmann et al., appendix D.3)
 WIDE = 0.3         # a delta so wide that the objective is nearly least squares: smooth, few minima
-BLOCK = 128        # copies per array: 128 x 240 runs stay in a core's cache
+EXPONENTS = 1e-4, 5.0  # bounds of alpha and beta
+MAX_PLACES = 200   # smooth minima that walk on; more means a flat valley, where they are all the same
+BLOCK = 50_000     # numbers per array (copies x runs): a few such arrays stay in a core's cache
 CONSTANTS = ("A", "B", "E", "alpha", "beta")
 _TERMS = (slice(0, 2), slice(2, 4), slice(4, 5))  # columns of theta that belong to the N, D and E term
 
@@ -49,11 +51,14 @@ class Law:
     @property
     def G(self):
         """Coefficient of the compute-optimal frontier (paper, Eq. 5)."""
-        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        ratio = np.log(self.alpha) + np.log(self.A) - np.log(self.beta) - np.log(self.B)
+        with np.errstate(over="ignore"):  # both exponents near 0 (a fit on the boundary): infinite
+            return np.exp(ratio / (self.alpha + self.beta))
 
     def loss(self, n_params, data):
         """Predicted loss [nats]; the arguments broadcast with the constants."""
-        return self.A * np.power(n_params, -self.alpha) + self.B * np.power(data, -self.beta) + self.E
+        n, d = np.asarray(n_params, float), np.asarray(data, float)
+        return self.A * n ** -self.alpha + self.B * d ** -self.beta + self.E
 
 
 def huber(r, delta):
@@ -80,8 +85,8 @@ class Problem:
         self.products = {(i, j): (self.slopes[i][:, None] * self.slopes[j]).reshape(-1, len(x)).T.copy()
                          for i in range(3) for j in range(i + 1)}
         low, high = self.target.min(), self.target.max()
-        self.lower = np.array([low - 16, 0.0, low - 16, 0.0, low - 16])
-        self.upper = np.array([high + 3, 5.0, high + 3, 5.0, high])
+        self.lower = np.array([low - 30, EXPONENTS[0], low - 30, EXPONENTS[0], low - 16])
+        self.upper = np.array([high + 3, EXPONENTS[1], high + 3, EXPONENTS[1], high])
 
     def theta(self, constants):
         """Rows (A, B, E, alpha, beta) -> rows theta, moved inside the bounds."""
@@ -116,8 +121,9 @@ class Problem:
         value = np.einsum("kn,kn->k", force, r - 0.5 * clipped)
         size = np.abs(r)
         major = weights * (delta / np.maximum(size, delta))
-        stiff = weights * (size <= delta) - force                 # curvature of Huber, less that of the log
         share = [term / total for term in terms]                  # each term's part of the loss
+        if newton:
+            stiff = weights * (size <= delta) - force             # curvature of Huber, less that of the log
         gradient, majoriser = np.empty((len(theta), 5)), np.empty((len(theta), 5, 5))
         hessian = np.empty_like(majoriser) if newton else majoriser
         for i, rows in enumerate(_TERMS):
@@ -150,8 +156,9 @@ def minimise(problem, theta, lower=None, upper=None, delta=None, newton=True, ma
     upper = np.broadcast_to(problem.upper if upper is None else upper, theta.shape)
     weights = np.broadcast_to(problem.weights, (len(theta), problem.weights.shape[-1]))
     best, value = np.empty(theta.shape), np.empty(len(theta))
-    for start in range(0, len(theta), BLOCK):
-        rows = slice(start, start + BLOCK)
+    copies = max(32, BLOCK // weights.shape[1])
+    for start in range(0, len(theta), copies):
+        rows = slice(start, start + copies)
         best[rows], value[rows] = _walk(problem, theta[rows], weights[rows], lower[rows], upper[rows],
                                         delta, newton, max_steps, tolerance)
     return best, value
@@ -171,7 +178,8 @@ def _walk(problem, theta, weights, lower, upper, delta, newton, max_steps, toler
                         (np.abs(trial - theta).max(axis=1) <= 1e-13) | (damping > 1e10))
         damping = np.maximum(np.where(better, damping / 3, damping * 4), 1e-12)
         theta = np.where(better[:, None], trial, theta)
-        state = [np.where(better.reshape(-1, *[1] * (old.ndim - 1)), fresh, old) for fresh, old in zip(new, state)]
+        state = [np.where(better.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+                 for fresh, old in zip(new, state)]
         if done.any():
             best[live[done]], value[live[done]] = theta[done], state[0][done]
             if done.all():
@@ -198,7 +206,8 @@ def start_grid(problem, n_exponents=10, n_shares=11):
     The defaults give 10 x 10 exponents times 45 splits = 4,500 starts.
     """
     exponents = np.geomspace(0.05, 2, n_exponents)
-    split = np.array([(i, j, n_shares - i - j) for i in range(1, n_shares - 1) for j in range(1, n_shares - i)])
+    split = np.array([(i, j, n_shares - i - j)
+                      for i in range(1, n_shares - 1) for j in range(1, n_shares - i)])
     logs = np.log(split / n_shares) + np.median(problem.target)
     alpha, beta, row = (g.ravel() for g in np.meshgrid(exponents, exponents, range(len(logs)), indexing="ij"))
     return np.stack([logs[row, 0], alpha, logs[row, 1], beta, logs[row, 2]], axis=1)
@@ -211,17 +220,19 @@ def search(problem, starts):
     solver is deterministic, so they would never part again. As a check on that detour every 20th start
     also descends the true objective directly, crease by crease.
     """
-    smooth, _ = minimise(problem, starts, delta=WIDE, newton=False, max_steps=100, tolerance=1e-6)
-    places, member = _merge(smooth)
+    smooth, depth = minimise(problem, starts, delta=WIDE, newton=False, max_steps=100, tolerance=1e-6)
+    places, member = _merge(smooth[depth.argsort()])
     theta, value = minimise(problem, np.concatenate([places, starts[::20]]))
-    reached = np.concatenate([value[:len(places)][member], value[len(places):]]) <= value.min() * (1 + 1e-6)
-    return theta[value.argmin()], value.min(), reached.mean()
+    end = np.concatenate([value[:len(places)][member[member >= 0]], value[len(places):]])
+    equal = value.min() * (1 + 1e-6) + 1e-6 * problem.delta ** 2
+    reached = (end <= equal).sum() / (member.size + len(starts[::20]))
+    return theta[value.argmin()], value.min(), reached
 
 
 def _merge(theta, radius=1e-3):
-    """Distinct rows (P, 5) and for every row (K,) which of them it is within radius of."""
+    """The first MAX_PLACES distinct rows (P, 5); per row (K,) which of them it is within radius of, or -1."""
     member, places = np.full(len(theta), -1), []
-    while (member < 0).any():
+    while (member < 0).any() and len(places) < MAX_PLACES:
         place = theta[np.argmax(member < 0)]
         member[(member < 0) & (np.abs(theta - place).max(axis=1) < radius)] = len(places)
         places.append(place)

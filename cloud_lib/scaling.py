@@ -13,12 +13,13 @@ n_tokens_seen; this is the C of the paper's Eq. 4 whichever D was fitted.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
 
 from cloud_lib import powerlaw
-from cloud_lib.powerlaw import CONSTANTS, DELTA, Law, Problem
+from cloud_lib.powerlaw import CONSTANTS, DELTA, EXPONENTS, Law, Problem
 
 N_COLUMN, LOSS_COLUMN, SEEN_COLUMN = "n_params_non_embedding", "val_loss", "n_tokens_seen"
 DATA_COLUMNS = ("n_examples", "n_tokens_unique", "n_tokens_seen")
@@ -65,20 +66,25 @@ class Fit:
 
     def table(self):
         """DataFrame: quantity, value, low, high for A, B, E, alpha, beta, a, b and G."""
-        return pd.DataFrame([(name, float(getattr(self.law, name)), *self.interval(lambda law: getattr(law, name)))
-                             for name in QUANTITIES], columns=["quantity", "value", "low", "high"])
+        rows = [(name, float(getattr(self.law, name)), *self.interval(attrgetter(name)))
+                for name in QUANTITIES]
+        return pd.DataFrame(rows, columns=["quantity", "value", "low", "high"])
 
     def text(self, budgets=()):
-        """Readable summary: constants with intervals, quality of the fit, what to add, optimum at budgets [FLOP]."""
-        lines = [f"L = A/N^alpha + B/D^beta + E   N = {N_COLUMN}, D = {self.data_column}, {len(self.loss)} runs",
+        """Readable summary: constants, quality of the fit, what to add, optimum at budgets [FLOP]."""
+        lines = [f"L = A/N^alpha + B/D^beta + E; {len(self.loss)} runs; "
+                 f"N = {N_COLUMN}, D = {self.data_column}",
                  f"{'':6}{'value':>12}   95 % interval ({len(self.bootstrap)} resamples of the runs)"]
-        lines += [f"{row.quantity:6}{row.value:12.5g}   {row.low:.4g} to {row.high:.4g}" for row in self.table().itertuples()]
+        lines += [f"{row.quantity:6}{row.value:12.5g}   {row.low:.4g} to {row.high:.4g}"
+                  for row in self.table().itertuples()]
         lines += [f"objective {self.objective:.6g} (summed Huber, delta {self.delta:g}); "
                   f"reached from {self.share_reached:.1%} of {self.n_starts} starts",
-                  f"residual spread {self.residuals.std():.4f} in log loss, largest {np.abs(self.residuals).max():.4f}"]
+                  f"residual spread {self.residuals.std():.4f} in log loss, "
+                  f"largest {np.abs(self.residuals).max():.4f}"]
         lines += [f"not determined: {note}" for note in self.boundary]
         lines += [f"C = {row.train_flops:.3g} FLOP: N_opt {row.n_params:.3g} ({row.n_params_low:.3g} to "
-                  f"{row.n_params_high:.3g}), D_opt {row.data:.3g} ({row.data_low:.3g} to {row.data_high:.3g})"
+                  f"{row.n_params_high:.3g}), D_opt {row.data:.3g} ({row.data_low:.3g} to "
+                  f"{row.data_high:.3g})"
                   for row in frontier(self, budgets).itertuples()]
         return "\n".join(lines)
 
@@ -107,7 +113,12 @@ def _without_nan(table):
 
 
 def check_runs(runs, data_column="n_examples"):
-    """Columns of a table of runs as (n_params, data, loss), each (n,) float, or a ValueError that says what is wrong."""
+    """Columns of a table of runs as (n_params, data, loss), each (n,) float.
+
+    Raises:
+        ValueError: a column is missing; a value is not finite and positive; a row is there twice; there are
+            too few runs, or too few model or data sizes, to determine the law.
+    """
     columns = [N_COLUMN, data_column, LOSS_COLUMN]
     missing = [c for c in columns if c not in runs.columns]
     if missing:
@@ -116,14 +127,15 @@ def check_runs(runs, data_column="n_examples"):
     values = runs[columns].apply(pd.to_numeric, errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)).all(axis=1))
     if len(bad):
-        raise ValueError(f"{len(bad)} of {len(runs)} runs have a non-finite or non-positive value in {columns}, "
-                         f"e.g. {_rows(runs, columns, bad)}; remove unfinished or diverged runs")
+        raise ValueError(f"{len(bad)} of {len(runs)} runs have a non-finite or non-positive value in "
+                         f"{columns}, e.g. {_rows(runs, columns, bad)}; remove unfinished or diverged runs")
     twice = np.flatnonzero(runs.duplicated(subset=columns))
     if len(twice):
         raise ValueError(f"{len(twice)} of {len(runs)} runs are duplicate rows (same N, D and loss), "
-                         f"e.g. {_rows(runs, columns, twice)}; keep each run once, or its interval shrinks for nothing")
+                         f"e.g. {_rows(runs, columns, twice)}; keep each run once, or the intervals shrink "
+                         "for nothing")
     if len(runs) <= len(CONSTANTS):
-        raise ValueError(f"expected more than {len(CONSTANTS)} runs for {len(CONSTANTS)} constants, found {len(runs)}; "
+        raise ValueError(f"expected more runs than the {len(CONSTANTS)} constants, found {len(runs)}; "
                          f"add {len(CONSTANTS) + 1 - len(runs)} or more runs of other sizes")
     for column, what in ((N_COLUMN, "model sizes"), (data_column, "data sizes")):
         sizes = runs[column].nunique()
@@ -199,7 +211,8 @@ def resample(n_params, data, n_bootstrap, rng):
 
 def _boundary(law, n_params, data, loss):
     """What the runs leave undetermined, as sentences that say what to add."""
-    terms = {"A": law.A * n_params ** -law.alpha, "B": law.B * data ** -law.beta, "E": np.full(len(loss), law.E)}
+    terms = {"A": law.A * n_params ** -law.alpha, "B": law.B * data ** -law.beta,
+             "E": np.full(len(loss), law.E)}
     add = {"A": "the loss does not depend on model size here; add smaller models",
            "B": "the loss does not depend on data size here; add smaller data sets",
            "E": "no irreducible loss is seen; add larger models on more data"}
@@ -208,9 +221,9 @@ def _boundary(law, n_params, data, loss):
         value = getattr(law, name)
         if value < NEGLIGIBLE:
             found.append(f"{name} -> 0: its term cannot be told from E; add a wider range of {size} sizes")
-        elif value > 5 - NEGLIGIBLE:
-            found.append(f"{name} at its upper bound 5: its term acts on the smallest runs only; "
-                         f"add {size} sizes between the smallest two")
+        elif value > EXPONENTS[1] - NEGLIGIBLE:
+            found.append(f"{name} at its upper bound {EXPONENTS[1]:g}: its term acts on the smallest runs "
+                         f"only; add {size} sizes between the smallest two")
     return tuple(found)
 
 
@@ -222,7 +235,7 @@ def _boundary_share(n_params, data, loss, bootstrap):
     largest = np.stack([A * n_params.min() ** -alpha / loss.max(), B * data.min() ** -beta / loss.max(),
                         E / loss.min()])
     edge = (largest < NEGLIGIBLE).any(axis=0) | (np.minimum(alpha, beta) < NEGLIGIBLE)
-    return float((edge | (np.maximum(alpha, beta) > 5 - NEGLIGIBLE)).mean())
+    return float((edge | (np.maximum(alpha, beta) > EXPONENTS[1] - NEGLIGIBLE)).mean())
 
 
 def optimal_size(law, train_flops, tokens_per_datum=1.0):
@@ -251,20 +264,22 @@ def frontier(fitted, train_flops):
 
 
 def budget_for(fitted, gpu_hours, flop_per_s):
-    """Frontier row for gpu_hours at a sustained rate flop_per_s [FLOP/s]: how large a model on how much data."""
+    """How large a model on how much data: the frontier at gpu_hours of a sustained flop_per_s [FLOP/s]."""
     return frontier(fitted, gpu_hours * 3600 * flop_per_s).assign(gpu_hours=gpu_hours)
 
 
 def contours(law, levels, n_params, tokens_per_datum=1.0):
-    """Iso-loss lines: DataFrame loss, n_params, data, train_flops; a point exists where N alone is good enough.
+    """Iso-loss lines: DataFrame loss, n_params, data, train_flops.
 
-    levels: losses [nats]; n_params: model sizes along each line.
+    levels: losses [nats]; n_params: model sizes along each line. A model too small for a level, however
+    much data it sees, has no row there.
     """
     loss, n = (g.ravel() for g in np.meshgrid(levels, n_params, indexing="ij"))
     left = loss - law.E - law.A * n ** -law.alpha
     loss, n, left = (v[left > 0] for v in (loss, n, left))
     data = (law.B / left) ** (1 / law.beta)
-    return pd.DataFrame({"loss": loss, "n_params": n, "data": data, "train_flops": 6 * n * data * tokens_per_datum})
+    return pd.DataFrame({"loss": loss, "n_params": n, "data": data,
+                         "train_flops": 6 * n * data * tokens_per_datum})
 
 
 def readings(runs, n_bootstrap=4000, seed=0):

@@ -36,7 +36,8 @@ def variable_projection(fitted, n_grid=64, n_zooms=12):
 
 
 def _project(alpha, beta, n, d, loss):
-    """Best non-negative (T_N, T_D, E) (I, J, 3) and its squared relative error (I, J) for every exponent pair."""
+    """For every pair of exponents the best non-negative (T_N, T_D, E) (I, J, 3), and its squared relative
+    error (I, J)."""
     x, y, one = n ** -alpha[:, None] / loss, d ** -beta[:, None] / loss, 1 / loss
     shape = len(alpha), len(beta)
     gram, right = np.empty((*shape, 3, 3)), np.empty((*shape, 3))
@@ -89,7 +90,8 @@ def profile(fitted, name, values=None):
     n = len(fitted.loss)
     best = _negative_log_likelihood(fitted.objective, n, fitted.delta)
     deviance = np.array([2 * (_negative_log_likelihood(v, n, fitted.delta) - best) for v in objective])
-    return pd.DataFrame({name: values, "objective": objective, "deviance": deviance, "inside": deviance <= CHI2_95})
+    return pd.DataFrame({name: values, "objective": objective, "deviance": deviance,
+                         "inside": deviance <= CHI2_95})
 
 
 def _profile_values(fitted, name):
@@ -105,7 +107,8 @@ def _negative_log_likelihood(objective, n, delta):
     """n log Z(s) + objective / s at its smallest, Z the norm of exp(-Huber_delta(r) / s)."""
     def at(log_s):
         s = np.exp(log_s)
-        z = np.sqrt(2 * np.pi * s) * erf(delta / np.sqrt(2 * s)) + 2 * s / delta * np.exp(-delta ** 2 / (2 * s))
+        inside = np.sqrt(2 * np.pi * s) * erf(delta / np.sqrt(2 * s))
+        z = inside + 2 * s / delta * np.exp(-delta ** 2 / (2 * s))
         return n * np.log(z) + objective / s
 
     guess = np.log(max(objective, 1e-300) / n)
@@ -120,7 +123,7 @@ def holdout(runs, data_column="n_examples", share=0.2, by="compute", n_bootstrap
     scatter of a single run) and log_error = log(predicted / loss).
 
     Raises:
-        ValueError: by or share is not understood, or the smaller runs cannot be fitted (`scaling.check_runs`).
+        ValueError: by or share is not understood, or `scaling.check_runs` rejects the smaller runs.
     """
     n_params, data, loss = scaling.check_runs(runs, data_column)
     size = {"compute": n_params * data, "n_params": n_params, "data": data}
@@ -153,8 +156,9 @@ def isoflop(fitted, budgets=None):
         budgets = np.geomspace(flops.min(), flops.max(), 25)
     rows = []
     for budget in budgets:
-        reached = [(np.log(n), np.interp(np.log(budget / per_datum / n), log_d, log_loss))
-                   for n, log_d, log_loss in curves if log_d[0] <= np.log(budget / per_datum / n) <= log_d[-1]]
+        log_data = [np.log(budget / per_datum / n) for n, _, _ in curves]
+        reached = [(np.log(n), np.interp(at, log_d, log_loss))
+                   for at, (n, log_d, log_loss) in zip(log_data, curves) if log_d[0] <= at <= log_d[-1]]
         vertex = _vertex(np.array(reached))
         if vertex is not None:
             rows.append((budget, np.exp(vertex[0]), np.exp(vertex[1]), len(reached),
@@ -166,10 +170,12 @@ def isoflop(fitted, budgets=None):
 
 
 def _curves(fitted):
-    """(N, log D ascending, log loss averaged over seeds) for every model size with at least two data sizes."""
-    table = pd.DataFrame({"n": fitted.n_params, "log_d": np.log(fitted.data), "log_loss": np.log(fitted.loss)})
+    """(N, log D ascending, log loss averaged over seeds) of every model size with at least two data sizes."""
+    table = pd.DataFrame({"n": fitted.n_params, "log_d": np.log(fitted.data),
+                          "log_loss": np.log(fitted.loss)})
     means = table.groupby(["n", "log_d"], as_index=False).log_loss.mean()
-    return [(n, part.log_d.to_numpy(), part.log_loss.to_numpy()) for n, part in means.groupby("n") if len(part) > 1]
+    return [(n, part.log_d.to_numpy(), part.log_loss.to_numpy())
+            for n, part in means.groupby("n") if len(part) > 1]
 
 
 def _vertex(points):
