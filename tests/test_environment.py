@@ -37,6 +37,7 @@ ARROWS = {
     "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
     "metrics": set(),
     "powerlaw": set(),
+    "grid": {"io"},
     "scaling": {"io", "powerlaw"},
     "scaling_checks": {"powerlaw", "scaling"},
     "report": {"io"},
