@@ -28,12 +28,14 @@ ARROWS = {
     "tokenizer_file": {"spacegroups"},
     "tokenizer": {"tokenizer_file", "elements", "spacegroups"},
     "sources": {"io", "sources", "symmetry"},
-    "curation": {"io", "symmetry", "representation", "tokenizer", "dataset", "sources"},
+    "partitions": {"io", "symmetry", "representation", "sources"},
+    "curation": {"io", "symmetry", "representation", "tokenizer", "dataset", "sources", "partitions"},
     "dataset": {"io"},
     "model": {"io"},
     "checkpoint": {"io", "model"},
     "runtime": {"io", "dataset", "model", "checkpoint"},
-    "train": {"io", "dataset", "model", "checkpoint", "runtime", "train"},
+    "loop": {"io", "dataset", "model", "checkpoint", "runtime"},
+    "train": {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train"},
     "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
     "metrics": set(),
     "powerlaw": set(),
@@ -49,11 +51,11 @@ ARROWS = {
     "notebook": set(),
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.
-TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "train", "predict"}
+TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", "predict"}
 SAME = {"units": "train"}  # train's processes: each starts the other
 TRAINING_NODE = {"numpy", "torch", "transformers", "safetensors", "tqdm"}
 OPTIONAL = {"wandb", "tensorboard"}  # experiment trackers, used if they are there
-USE_TORCH = {"model", "train", "predict", "checkpoint", "runtime"}
+USE_TORCH = {"model", "train", "loop", "predict", "checkpoint", "runtime"}
 
 
 def _lock() -> dict[str, Requirement]:
@@ -163,9 +165,10 @@ def test_what_is_imported_is_a_direct_dependency():
     providers = importlib.metadata.packages_distributions()
     direct = {canonicalize_name(pin.name) for pin in _direct()} | {"setuptools"}
     sources = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    own = {"cloud_lib", "benchmarks"} | {file.stem for file in sources}
     used = {package: file.name for file in sources for package, _ in _imports(file)}
     unnamed = {package: file for package, file in used.items()
-               if package not in _standard_library() | OPTIONAL | {"cloud_lib", "tests"}
+               if package not in _standard_library() | OPTIONAL | own
                and not direct & {canonicalize_name(name) for name in providers.get(package, [package])}}
     assert unnamed == {}
 
