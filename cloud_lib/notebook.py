@@ -7,6 +7,7 @@ not have, and reads YAML 1.1, where `1e-4` is a string and `No` is false; here e
 
 import ast
 import difflib
+import logging
 import os
 import sys
 import time
@@ -53,6 +54,7 @@ def run_notebook(source: Path, target: Path, file: Path | None = None,
 def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     hidden, failed = target.with_name(f".{target.name}"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reading of the parameters cell stumbles
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
     try:
         execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
