@@ -60,7 +60,7 @@ def _from_optimade(record: dict) -> Crystal:
     """An OPTIMADE structures entry, whole or only its attributes."""
     entry = record.get("attributes", record)
     lattice = np.array(entry["lattice_vectors"], dtype=float)
-    cartesian = np.array(entry["cartesian_site_positions"], dtype=float)
+    cartesian = np.array(entry["cartesian_site_positions"], dtype=float).reshape(-1, 3)
     if lattice.shape != (3, 3):
         raise CrystalError(f"lattice: expected 3 x 3 numbers, found shape {lattice.shape}")
     names = {s["name"]: _species_symbol(s) for s in entry["species"]}

@@ -8,6 +8,7 @@ of `spacegroups.hall_number`: the smallest Hall number, origin choice 1.
 
 import logging
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -143,18 +144,15 @@ def _spglib() -> Any:
 
 
 def _search_spglib(crystal: Crystal, symprec: float) -> _Found:
-    spglib = _spglib()
-
-    numbers = [NUMBERS[s] for s in crystal.symbols]
-    try:
-        found = spglib.get_symmetry_dataset((crystal.lattice, crystal.positions, numbers), symprec=symprec,
-                                            angle_tolerance=_SPGLIB_ANGLE_TOLERANCE)
-    except spglib.SpglibError as error:
-        raise CrystalError(f"symmetry search failed (spglib): {error}") from error
+    cell = (crystal.lattice, crystal.positions, [NUMBERS[s] for s in crystal.symbols])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its call for exceptions, which would change pymatgen
+        found = _spglib().get_symmetry_dataset(cell, symprec=symprec, angle_tolerance=_SPGLIB_ANGLE_TOLERANCE)
     if found is None:
         raise CrystalError("symmetry search failed (spglib): no symmetry found")
-    if found.hall_number != hall_number(found.number):
-        raise CrystalError(f"symmetry search (spglib): expected Hall number {hall_number(found.number)}, "
+    number = int(found.number)
+    if found.hall_number != hall_number(number):
+        raise CrystalError(f"symmetry search (spglib): expected Hall number {hall_number(number)}, "
                            f"found {found.hall_number}")
-    return _Found("spglib", int(found.number), symprec, found.crystallographic_orbits.tolist(),
-                  list(found.wyckoffs), list(found.site_symmetry_symbols))
+    return _Found("spglib", number, symprec, found.crystallographic_orbits.tolist(), list(found.wyckoffs),
+                  list(found.site_symmetry_symbols))
