@@ -180,14 +180,20 @@ def predictions(todo: list[dict[str, Any]], results: Path, stage: str, n_workers
         ValueError: `stage` is neither "run" nor "restore".
         FileNotFoundError: "restore", and no predictions were kept.
     """
-    if stage not in STAGES:
-        raise ValueError(f"expected stage of {STAGES}, found {stage!r}; correct the parameter")
+    check_stage(stage, results)
     if stage == "run":
         units.run_units(todo, n_workers, threads)
-        _keep(pd.concat([_read(unit) for unit in todo], ignore_index=True)[PREDICTION_COLUMNS], results)
-    if not results.is_file():
-        raise FileNotFoundError(f"expected kept predictions in {results}, found none; run with stage=run first")
+        found = [_read(unit) for unit in todo] or [pd.DataFrame(columns=PREDICTION_COLUMNS)]
+        _keep(pd.concat(found, ignore_index=True)[PREDICTION_COLUMNS], results)
     return pd.read_parquet(results)
+
+
+def check_stage(stage: str, results: Path) -> None:
+    """Raises ValueError for an unknown stage, FileNotFoundError for "restore" without kept results."""
+    if stage not in STAGES:
+        raise ValueError(f"expected stage of {STAGES}, found {stage!r}; correct the parameter")
+    if stage == "restore" and not results.is_file():
+        raise FileNotFoundError(f"expected kept results in {results}, found none; run with stage=run first")
 
 
 def _read(unit: dict[str, Any]) -> pd.DataFrame:
