@@ -24,7 +24,7 @@ from typing import Any
 
 VERSIONED = ("numpy", "torch", "transformers", "pymatgen", "spglib", "moyopy", "pandas", "scikit-learn",
              "matbench-discovery")
-PRODUCTS = ("tables", "figures", "results", "README.md")  # written by runs, so they do not make the code dirty
+PRODUCTS = ("tables", "figures", "results", "README.md")  # runs write these: they do not make the code dirty
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -51,7 +51,7 @@ def raw_dir() -> Path:
 
 
 def embedded_dir() -> Path:
-    """Members taken out of package-registry archives; always below root(), as $CLOUD_DATA may be read-only."""
+    """Members taken out of package index archives; below root(), as $CLOUD_DATA may be read-only."""
     return root() / "data" / "raw" / "embedded"
 
 
@@ -140,7 +140,7 @@ def _free(folder: Path) -> str:
 
 # ------------------------------------------------------------------------------------- JSON and hashes
 def plain(obj: Any) -> Any:
-    """`obj` in JSON's own types: dataclasses, NumPy values, paths, sets and tuples are converted, NaN is None.
+    """`obj` in JSON's own types: dataclasses, NumPy values, paths and sets are converted, NaN is None.
 
     Raises:
         TypeError: a value of another type.
@@ -181,7 +181,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, found damage: {error}; delete it and run again") from error
+        raise ValueError(f"expected JSON in {path}, found damage ({error}); delete it, run again") from error
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import zipfile
 from collections import defaultdict
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -45,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status, headers, body, length=None):
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body) if length is None else length)}).items():
+        headers = headers | {"Content-Length": str(len(body) if length is None else length)}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -110,8 +112,9 @@ def test_without_a_checksum_nothing_old_is_continued(server, tmp_path):
     assert server.ranges["/f"] == [None]
 
 
-@pytest.mark.parametrize(("served", "found"), [(CONTENT[:-1], "1023999 bytes instead of 1024000"),
-                                               (CONTENT[:-1] + b"x", "sha256 .* instead of"), (b"", "0 bytes")])
+@pytest.mark.parametrize(("served", "found"), [
+    (CONTENT[:-1], "1023999 bytes instead of 1024000"), (CONTENT[:-1] + b"x", "sha256 .* instead of"),
+    (b"", "0 bytes")])
 def test_a_wrong_file_is_refused(server, tmp_path, served, found):
     server.files["/f"] = served
     with pytest.raises(DamagedFile, match=rf"expected f \(bytes 1024000, sha256 {SHA256}\), found .*{found}"):
@@ -125,8 +128,8 @@ def test_md5_where_the_publisher_gives_no_sha256(server, tmp_path):
         get(server, tmp_path / "g", Expected(md5="0123"))
 
 
-@pytest.mark.parametrize(("faults", "found"), [([404], "404 Not Found"), ([503] * 9, "3 attempts without a byte"),
-                                               ([403], "403 Forbidden")])
+@pytest.mark.parametrize(("faults", "found"), [
+    ([404], "404 Not Found"), ([503] * 9, "3 attempts without a byte"), ([403], "403 Forbidden")])
 def test_a_server_that_refuses(server, tmp_path, faults, found):
     server.faults["/f"] = faults
     with pytest.raises(NotAvailable, match=f"{found}.*run make data again, or put the file into"):
@@ -163,7 +166,8 @@ def test_two_at_once_fetch_once(server, tmp_path):
 
 
 def test_a_full_disk_says_so():
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="disk full while downloading"):
+    match = "disk full while downloading"
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match=match):
         download._write([b"bytes"], full)
 
 
@@ -229,12 +233,12 @@ def test_the_manifest_lists_every_file_completely():
 
 
 def test_the_manifest_knows_the_folder_of_the_environment(cloud_data):
-    states = dict(fetch.check())
-    present = {path: state for path, state in states.items() if not path.startswith("embedded/") and state != "missing"}
-    assert len(present) > 30 and all(state.startswith(("prepared", "official")) for state in present.values())
+    present = [state for path, state in fetch.check()
+               if not path.startswith("embedded/") and state != "missing"]
+    assert len(present) > 30 and all(state.startswith(("prepared", "official")) for state in present)
 
 
-# -------------------------------------------------------------------------------- archives of the package index
+# ------------------------------------------------------------------------------ archives of the package index
 def archive_bytes(name):
     buffer = memory.BytesIO()
     if name.endswith(".whl"):
@@ -258,8 +262,8 @@ def index(request, server, empty_root, monkeypatch):
     archive = manifest.Archive("pkg", "My_Pkg==1", name, f"{server.url}/files/{name}",
                                hashlib.sha256(content).hexdigest(), len(content))
     member = "pkg/data.csv" if name.endswith(".whl") else "pkg-1/data.csv"
-    server.entry = manifest.Entry("data.csv", "1", "c", "MIT", "someone", sha256=hashlib.sha256(b"1,2").hexdigest(),
-                                  size=3, archive="pkg", member=member)
+    server.entry = manifest.Entry("data.csv", "1", "c", "MIT", "someone", size=3, archive="pkg",
+                                  member=member, sha256=hashlib.sha256(b"1,2").hexdigest())
     monkeypatch.setattr(registry, "archives", lambda: {"pkg": archive})
     monkeypatch.setattr(registry, "entries", lambda: (server.entry,))
     monkeypatch.setattr(registry, "pip_settings", dict)
@@ -303,13 +307,12 @@ def test_a_wrong_archive_or_member_is_refused(index):
     with pytest.raises(DamagedFile, match="sha256 .* instead of"):
         registry.fetch_members()
     index.files[address] = good
-    index.entry = manifest.Entry(**(vars(index.entry) | {"member": "pkg/other.csv"}))
+    entry = index.entry
+    index.entry = replace(entry, member="pkg/other.csv")
     with pytest.raises(DamagedFile, match="expected a member pkg/other.csv, found none"):
         registry.fetch_members()
-    index.entry = manifest.Entry(**(vars(index.entry) | {"member": index.entry.member.replace("other", "data"),
-                                                         "sha256": "0"}))
-    (io.embedded_dir() / index.archive.file).unlink()
-    with pytest.raises(DamagedFile, match="expected the member .* with sha256 0, found|expected a member"):
+    index.entry = replace(entry, sha256="0")
+    with pytest.raises(DamagedFile, match="expected the member .* with sha256 0, found sha256"):
         registry.fetch_members()
     assert not (io.embedded_dir() / "data.csv").exists()
 
@@ -337,6 +340,6 @@ def test_truncated_gzip_names_expected_and_found(miniature_root, tmp_path, monke
     path = tmp_path / "matbench" / "folds.json.gz"
     path.parent.mkdir()
     path.write_bytes(gzip.compress(b'{"a": [1, 2, 3]}' * 100)[:-20])
-    with pytest.raises(DamagedFile, match=rf"{path} is cut short or damaged .* found {path.stat().st_size} bytes, "
-                                          "sha256 .*; delete it and run make data"):
+    found = f"found {path.stat().st_size} bytes, sha256 .*; delete it and run make data"
+    with pytest.raises(DamagedFile, match=rf"{path} is cut short or damaged .* {found}"):
         records.read_json(path)

@@ -129,8 +129,8 @@ def test_a_changed_product_does_not_make_the_code_dirty(empty_root):
     import subprocess
 
     def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=empty_root, check=True,
-                       capture_output=True)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=empty_root,
+                       check=True, capture_output=True)
 
     for name in ("code.py", "tables/demo/summary.csv"):
         (empty_root / name).parent.mkdir(parents=True, exist_ok=True)

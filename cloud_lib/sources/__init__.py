@@ -1,4 +1,4 @@
-"""Where crystals and labels come from: one module per origin, each fetched, verified and read into our columns.
+"""Where crystals and labels come from: one module per origin; fetched, verified, read into our columns.
 
 A task is a pandas DataFrame [material_id, structure, target, fold, row] whose `attrs` say what it is:
 `task`, `unit`, `rows` (here), `rows_official`, `folds` ("official" or "own (grouped by formula)"), `source`.

@@ -1,4 +1,4 @@
-"""The pre-training corpus: OPTIMADE JSON Lines below raw_dir()/corpus if there are any, else the embedded crystals."""
+"""The pre-training corpus: OPTIMADE JSON Lines below raw_dir()/corpus if any, else embedded crystals."""
 
 from collections.abc import Iterator
 from pathlib import Path

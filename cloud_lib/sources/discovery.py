@@ -2,7 +2,7 @@
 
 With raw_dir()/discovery: Materials Project for training, WBM for testing, in the official column names of
 Matbench Discovery (Riebesell et al., Nat. Mach. Intell. 7, 836, 2025); the full official files and smaller
-prepared ones are read alike. Without: the embedded flla_2015 table, split by formula. All energies in eV/atom.
+prepared ones are read alike. Without: the embedded flla_2015 table, split by formula. Energies in eV/atom.
 """
 
 import hashlib
@@ -50,7 +50,8 @@ def load_train(limit: int | None = None, seed: int = 0) -> "pd.DataFrame":
     """
     if folder() is None:
         return _sample(_embedded(test=False).drop(columns=["formula", "e_above_hull_dft"]), limit, seed)
-    energies = records.read_csv(_need("discovery/mp_energies.csv.gz"), ["material_id", "formation_energy_per_atom"])
+    columns = ["material_id", "formation_energy_per_atom"]
+    energies = records.read_csv(_need("discovery/mp_energies.csv.gz"), columns)
     energies = energies.dropna(subset="formation_energy_per_atom").drop_duplicates("material_id")
     return _training_table(_sample(energies, limit, seed))
 
@@ -110,9 +111,10 @@ def load_test() -> "pd.DataFrame":
     structures = dict(_test_structures())
     absent = summary.loc[~summary["material_id"].isin(structures.keys()), "material_id"].tolist()
     if absent or not summary["material_id"].is_unique:
-        raise ValueError(f"expected one structure for each of the {len(summary)} rows of wbm_summary.csv.gz, found "
-                         f"{len(absent)} without, e.g. {absent[:3]}, and {summary['material_id'].duplicated().sum()}"
-                         " repeated ids; delete discovery/wbm_* and run make data")
+        repeated = summary["material_id"].duplicated().sum()
+        raise ValueError(f"expected one structure for each of the {len(summary)} rows of wbm_summary.csv.gz, "
+                         f"found {len(absent)} without, e.g. {absent[:3]}, and {repeated} repeated ids; "
+                         "delete discovery/wbm_* and run make data")
     table = pd.DataFrame({"material_id": summary["material_id"],
                           "structure": [structures[name] for name in summary["material_id"]],
                           "formula": summary["formula"], "e_form_per_atom_dft": summary[E_FORM],
@@ -131,10 +133,11 @@ def _test_structures() -> Iterator[tuple[str, dict]]:
 
 
 def _embedded(test: bool) -> "pd.DataFrame":
-    """flla_2015, one formula in five for testing: chosen by the formula's hash, so independent of the order."""
+    """flla_2015, one formula in five for testing: chosen by the formula's hash, whatever the order."""
     table = embedded.matminer_table("flla_2015")
     table["formula"] = table["structure"].map(records.formula)
-    in_test = np.array([hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0 for name in table["formula"]])
+    digests = [hashlib.sha256(name.encode()).digest() for name in table["formula"]]
+    in_test = np.array([digest[0] % TEST_SHARE == 0 for digest in digests])
     table = table[in_test == test].rename(columns={"formation_energy_per_atom": "e_form_per_atom_dft",
                                                    "e_above_hull": "e_above_hull_dft"})
     columns = ["material_id", "structure", "formula", "e_form_per_atom_dft", "e_above_hull_dft"]
@@ -145,7 +148,7 @@ def _embedded(test: bool) -> "pd.DataFrame":
 
 # --------------------------------------------------------------------------------------- published results
 def load_published_predictions() -> "pd.DataFrame":
-    """Published predictions for the test rows: [material_id, model, e_form_per_atom_pred]; NaN = no prediction.
+    """Published predictions of the test rows: [material_id, model, e_form_per_atom_pred]; NaN = none.
 
     Empty (same columns) where raw_dir() has no discovery/preds/.
     """
@@ -157,7 +160,8 @@ def load_published_predictions() -> "pd.DataFrame":
         column = next((name for name in table if name.startswith("e_form_per_atom")), None)
         if column is None:
             raise ValueError(f"{file}: expected a column e_form_per_atom, found {list(table)}")
-        parts.append(pd.DataFrame({"material_id": table["material_id"], "model": file.name.removesuffix(".csv.gz"),
+        parts.append(pd.DataFrame({"material_id": table["material_id"],
+                                   "model": file.name.removesuffix(".csv.gz"),
                                    "e_form_per_atom_pred": table[column].astype(float)}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=PREDICTION_COLUMNS)
 

@@ -1,4 +1,4 @@
-"""Fetch one file over HTTP so that a flaky line, a wrong file or a stopped process leaves nothing half-written.
+"""Fetch one file over HTTP so that a flaky line, a wrong file or a killed run leaves nothing half-written.
 
 Bytes go to a hidden file beside the target, are resumed with a Range request after any interruption (also of
 the whole process), checked (size, SHA-256, MD5), flushed, and only then renamed.
@@ -53,7 +53,7 @@ class Patience:
 
 
 class _Interrupted(Exception):
-    """The transfer stopped for a reason that another attempt may cure; `wait_s` if the server named a pause."""
+    """The transfer stopped, and another attempt may help; `wait_s` if the server named a pause."""
 
     def __init__(self, reason: str, wait_s: float | None = None):
         super().__init__(reason)
@@ -62,7 +62,7 @@ class _Interrupted(Exception):
 
 def fetch(addresses: str | Iterable[str], target: Path, expected: Expected = Expected(),
           patience: Patience = Patience()) -> Path:
-    """Download to `target` from the first address that serves the expected file; an existing good file is kept.
+    """Download to `target` from the first address that serves the expected file; a good file is kept.
 
     Raises:
         NotAvailable: no address answered; the message names the addresses and the next step.
@@ -121,7 +121,7 @@ def _fetch_one(address: str, target: Path, expected: Expected, patience: Patienc
 
 
 def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> None:
-    """Bring `file` to the expected content, continuing what an earlier run left if its checksum can be verified.
+    """Bring `file` to the expected content, continuing what an earlier run left if a checksum can tell.
 
     Raises:
         NotAvailable: as _transfer_all().
@@ -187,7 +187,7 @@ def _transfer(address: str, file: BinaryIO, expected: Expected, timeout_s: float
         if start and answer.status_code == 200:  # the server sends everything again
             start = file.truncate(0)
         total = start + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
-        answer.raw.enforce_content_length = False  # else the last bytes before an early end would be thrown away
+        answer.raw.enforce_content_length = False  # else the last bytes before an early end are thrown away
         _write(answer.iter_content(CHUNK), file)
     if total is not None and file.tell() < total:
         raise _Interrupted(f"connection closed after {file.tell()} of {total} bytes")
@@ -233,7 +233,7 @@ def record(target: Path, address: str) -> str:
     found = io.sha256(target)
     first = known.setdefault(name, {"sha256": found, "size": target.stat().st_size, "address": address})
     if first["sha256"] != found:
-        raise DamagedFile(f"{target}: expected sha256 {first['sha256']} as at the first download, found {found}; "
-                          f"if the publisher changed the file on purpose, remove its entry from {book}")
+        raise DamagedFile(f"{target}: expected sha256 {first['sha256']} as at the first download, found "
+                          f"{found}; if the publisher meant to change it, remove its entry from {book}")
     io.write_json(book, known)
     return found

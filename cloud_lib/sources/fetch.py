@@ -1,4 +1,4 @@
-"""What `make data` does: bring the default crystals, or chosen public files, onto this machine and check them."""
+"""What `make data` does: bring the default crystals, or chosen public files, here and check them."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -53,16 +53,17 @@ def _look_up(entry: manifest.Entry) -> tuple[str, download.Expected]:
     if entry.address:
         return entry.address, download.Expected(entry.sha256, entry.md5, entry.size)
     article, name = entry.figshare
+    page = f"https://figshare.com/articles/dataset/{article}"
     try:
         answer = requests.get(f"{FIGSHARE}/articles/{article}/files?page_size=1000", timeout=30)
         answer.raise_for_status()
         listed = {file["name"]: file for file in answer.json()}
     except (requests.RequestException, KeyError, TypeError) as error:
-        raise NotAvailable(f"expected the list of files of figshare article {article}, found {error}; download "
-                           f"{name} from https://figshare.com/articles/dataset/{article} to {entry.target}") from error
+        raise NotAvailable(f"expected the list of files of figshare article {article}, found {error}; "
+                           f"download {name} from {page} to {entry.target}") from error
     if name not in listed:
-        raise NotAvailable(f"expected {name} in figshare article {article}, found {sorted(listed)}; download the "
-                           f"right one from https://figshare.com/articles/dataset/{article} to {entry.target}")
+        raise NotAvailable(f"expected {name} in figshare article {article}, found {sorted(listed)}; download "
+                           f"the right one from {page} to {entry.target}")
     file = listed[name]
     return file["download_url"], download.Expected(md5=file.get("computed_md5"), size=file.get("size"))
 

@@ -17,7 +17,7 @@ from cloud_lib import io
 
 @dataclass(frozen=True)
 class Entry:
-    """One file below raw_dir() (public address) or embedded_dir() (member of an archive of the package index).
+    """One file below raw_dir() (public address) or embedded_dir() (member of a package index archive).
 
     `sha256`, `md5`, `size` [bytes] belong to the file at `address`; `prepared` maps further known sha256 to
     what they are. `figshare` is an (article, file name) pair that is looked up when it is downloaded.

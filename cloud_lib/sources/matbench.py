@@ -90,13 +90,14 @@ def load(task: str) -> "pd.DataFrame":
     """
     file = path(task)
     if file is None:
-        raise NotAvailable(f"expected the MatBench task {task!r} in {io.raw_dir() / 'matbench'}, found no file; "
-                           f"run python -m cloud_lib data 'matbench/matbench_{task}*', or set CLOUD_DATA to a "
-                           "folder that has it")
+        raise NotAvailable(f"expected the MatBench task {task!r} in {io.raw_dir() / 'matbench'}, found no "
+                           f"file; run python -m cloud_lib data 'matbench/matbench_{task}*', or set "
+                           "CLOUD_DATA to a folder that has it")
     document = records.read_json(file)
     rows = row_numbers(document["index"], spec(task).n_official, file)
     targets = split_column(document, spec(task).target_column, file)
-    return table(task, split_column(document, "structure", file), targets, rows, official_folds(task)[rows], file)
+    structures = split_column(document, "structure", file)
+    return table(task, structures, targets, rows, official_folds(task)[rows], file)
 
 
 def table(task: str, structures: Sequence, targets: Sequence, rows: np.ndarray, folds: np.ndarray,
@@ -112,23 +113,23 @@ def table(task: str, structures: Sequence, targets: Sequence, rows: np.ndarray, 
     if bad := rows[~np.isfinite(target) | (folds < 0)].tolist():
         raise ValueError(f"{file}: expected a number and a fold 0-4 for every row, found {len(bad)} of "
                          f"{len(rows)} without, e.g. rows {bad[:3]}; delete it and run make data")
-    frame = pd.DataFrame({"material_id": [material_id(task, row) for row in rows], "structure": list(structures),
-                          "target": target, "fold": folds, "row": rows})
+    frame = pd.DataFrame({"material_id": [material_id(task, row) for row in rows],
+                          "structure": list(structures), "target": target, "fold": folds, "row": rows})
     frame.attrs = {"task": task, "unit": spec(task).unit, "rows": len(frame), "folds": "official",
                    "rows_official": spec(task).n_official, "source": file.name}
     return frame
 
 
 def row_numbers(index: Sequence, n_official: int, file: Path) -> np.ndarray:
-    """Official 0-based rows (n,) int64 from the index of a split JSON: numbers, or names such as "mb-phonons-0001".
+    """Official 0-based rows (n,) int64 from the index of a split JSON: numbers, or names ("mb-phonons-0001").
 
     Raises:
         ValueError: rows repeat or lie outside the task.
     """
     rows = np.array([int(i.rsplit("-", 1)[1]) - 1 if isinstance(i, str) else i for i in index], np.int64)
     if len(np.unique(rows)) != len(rows) or (len(rows) and not 0 <= rows.min() <= rows.max() < n_official):
-        raise ValueError(f"{file}: expected distinct row numbers 0 to {n_official - 1}, found {len(rows)} rows "
-                         f"from {rows.min()} to {rows.max()}; delete it and run make data")
+        raise ValueError(f"{file}: expected distinct row numbers 0 to {n_official - 1}, found {len(rows)} "
+                         f"rows from {rows.min()} to {rows.max()}; delete it and run make data")
     return rows
 
 

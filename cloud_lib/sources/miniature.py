@@ -7,7 +7,7 @@ be mistaken for a result. It feeds the smoke profile and the tests. The same cal
 
 import gzip
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd
 from pathlib import Path
@@ -27,13 +27,13 @@ MODELS = {"coNGN": 0.15, "ALIGNN": 0.18, "DeeperGATGNN": 0.2, "AMMExpress_v2020"
           "CrabNet": 0.4, "Finder_v1.2_composition": 0.4, "RF": 0.5}  # error in units of the target's spread
 DISCOVERY_MODELS = {"alignn": 0.03, "megnet": 0.06, "voronoi_rf": 0.15}  # error [eV/atom]
 CURVES = {"alignn": ("ALIGNN", 4.0), "megnet": ("MEGNet", 3.0), "wrenformer": ("Wrenformer", 2.6),
-          "voronoi-rf": ("Voronoi RF", 1.6)}  # label, exponent of the made-up curve tpr = 1 - (1 - fpr)^exponent
+          "voronoi-rf": ("Voronoi RF", 1.6)}  # label, exponent of the made-up tpr = 1 - (1 - fpr)^exponent
 NOTICE = """SYNTHETIC DATA
 
 The crystals in this folder are the 288 AFLOW prototypes that pymatgen ships (Mehl et al., Comput. Mater. Sci.
 136, S1, 2017). All labels, energies, predictions and curves are made up by cloud_lib.sources.miniature, for
-tests and for the smoke profile. The file names are those of the real data so that the same code reads them; the
-identifiers are not. No number computed from this folder is a result.
+tests and for the smoke profile. The file names are those of the real data so that the same code reads them;
+the identifiers are not. No number computed from this folder is a result.
 """
 
 
@@ -74,7 +74,7 @@ def _materials() -> list[Material]:
 
 
 def _rounded(structure: dict) -> dict:
-    """Six decimals, as in the prepared files; also makes the bytes independent of the platform's last digit."""
+    """Six decimals, as in the prepared files; also makes the bytes independent of a platform's last digit."""
     sites = structure["sites"]
     return records.slim_structure(np.round(structure["lattice"]["matrix"], 6) + 0.0,
                                   [site["species"][0]["element"] for site in sites],
@@ -82,25 +82,26 @@ def _rounded(structure: dict) -> dict:
 
 
 def _features(structure: dict, volume: float) -> np.ndarray:
-    """Mean and spread of a made-up electronegativity (group and period), and the logarithm of volume per atom."""
+    """Mean group and period of the elements and the logarithm of volume per atom, each of order one: (3,)."""
     from pymatgen.core.periodic_table import Element
 
     counts = records.elements(structure)
-    amounts = np.array(list(counts.values()), float) / sum(counts.values())
-    scale = np.array([Element(name).group / 9 - Element(name).row / 5 for name in counts])
-    mean = amounts @ scale
-    spread = np.sqrt(amounts @ (scale - mean) ** 2)
-    return np.array([mean, 3 * spread - 1.0, 2 * np.log(volume / len(structure["sites"]) / 18)])
+    amounts = np.array(list(counts.values()), float) / counts.total()
+    group, period = amounts @ np.array([(Element(name).group, Element(name).row) for name in counts], float)
+    return np.array([group / 5 - 2, period - 3.5, 2 * np.log(volume / counts.total() / 18)])
 
 
 def _target(task: str, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Synthetic label (n,) in the task's unit and usual range, from features (n, 3) and noise (n,)."""
-    mean, spread, size = x.T + 0.05 * noise
-    values = {"jdft2d": 80 * np.exp(0.5 * mean + 0.3 * spread), "phonons": 400 * np.exp(0.3 * mean - 0.4 * size),
-              "dielectric": 1 + 1.5 * np.exp(0.3 * size - 0.3 * spread), "log_gvrh": 1.5 + 0.2 * mean - 0.3 * size,
-              "log_kvrh": 1.9 + 0.1 * spread - 0.3 * size, "perovskites": 1.4 + 0.2 * mean - 0.5 * spread,
-              "mp_gap": np.maximum(0, 1.2 + 0.4 * mean + 0.9 * spread), "mp_e_form": -1.2 + 0.3 * mean - 0.8 * spread,
-              "supercon": 5 * np.exp(0.4 * mean - 0.4 * spread), "defected": 3 + 0.5 * mean + 0.5 * spread}
+    group, period, size = x.T + 0.05 * noise
+    values = {"jdft2d": 80 * np.exp(0.5 * group - 0.3 * period),
+              "phonons": 400 * np.exp(0.3 * group - 0.4 * size),
+              "dielectric": 1 + 1.5 * np.exp(0.3 * size + 0.3 * period),
+              "log_gvrh": 1.5 - 0.2 * group - 0.3 * size, "log_kvrh": 1.9 - 0.1 * period - 0.3 * size,
+              "perovskites": 1.4 + 0.2 * period - 0.5 * group,
+              "mp_gap": np.maximum(0, 1.2 + 0.8 * group - 0.5 * period),
+              "mp_e_form": -1.2 - 0.8 * group + 0.3 * period,
+              "supercon": 5 * np.exp(0.4 * period - 0.4 * group), "defected": 3 + 0.5 * group - 0.5 * period}
     return np.round(values[task], 6)
 
 
@@ -112,14 +113,14 @@ def _label(task: str, materials: Sequence[Material], rng: np.random.Generator) -
     return _target(task, np.stack([m.features for m in materials]), rng.standard_normal(len(materials)))
 
 
-# -------------------------------------------------------------------------------------------- the four folders
+# ------------------------------------------------------------------------------------------- the four folders
 def _write_corpus(folder: Path, materials: Sequence[Material]) -> None:
     """Three files: all crystals; some again in a larger cell (duplicates); three that no program can use."""
-    larger = [Material(f"duplicate-{m.material_id}", _scaled(m.structure, 1.02), m.volume * 1.02**3, m.features)
+    larger = [replace(m, material_id=f"duplicate-{m.material_id}", structure=_scaled(m.structure, 1.02))
               for m in materials[:N_DUPLICATES]]
-    _write_optimade(folder / "materials_project.jsonl.gz", materials, "AFLOW prototypes in place of another database")
+    _write_optimade(folder / "materials_project.jsonl.gz", materials, "AFLOW prototypes in another's place")
     _write_optimade(folder / "duplicates.jsonl.gz", larger, "the same crystals in cells 2 % larger")
-    _write_optimade(folder / "unusable.jsonl.gz", _unusable(materials[0]), "crystals that must become rejects")
+    _write_optimade(folder / "unusable.jsonl.gz", _unusable(materials[0]), "crystals that become rejects")
 
 
 def _scaled(structure: dict, factor: float) -> dict:
@@ -132,7 +133,8 @@ def _unusable(material: Material) -> list[Material]:
     bad = {"overlapping": material.structure | {"sites": [sites[0], *sites]},
            "without-volume": material.structure | {"lattice": {"matrix": [[0.0] * 3] * 3}},
            "without-atoms": material.structure | {"sites": []}}
-    return [Material(f"unusable-{name}", structure, 0.0, material.features) for name, structure in bad.items()]
+    return [replace(material, material_id=f"unusable-{name}", structure=structure)
+            for name, structure in bad.items()]
 
 
 def _write_matbench(folder: Path, materials: Sequence[Material]) -> None:
@@ -175,7 +177,8 @@ def _write_discovery(folder: Path, materials: Sequence[Material]) -> None:
     energy = _label("mp_e_form", materials, rng)
     train = [(m.material_id, records.formula(m.structure), e, "synthetic")
              for m, e, test in zip(materials, energy, is_test) if not test]
-    _write_csv(folder / "mp_energies.csv.gz", "material_id,formula_pretty,formation_energy_per_atom,source", train)
+    header = "material_id,formula_pretty,formation_energy_per_atom,source"
+    _write_csv(folder / "mp_energies.csv.gz", header, train)
     test = [m for m, chosen in zip(materials, is_test) if chosen]
     e_form = energy[is_test]
     e_hull = np.round(rng.gamma(2.0, 0.06, N_TEST) - 0.05, 6)  # about one in five is stable
@@ -196,9 +199,9 @@ def _test_id(number: int) -> str:
 def _write_summary(path: Path, test: Sequence[Material], e_form: np.ndarray, e_hull: np.ndarray) -> None:
     header = ("material_id,formula,n_sites,volume,e_form_per_atom_wbm,e_form_per_atom_mp2020_corrected,"
               "e_above_hull_mp2020_corrected_ppd_mp,bandgap_pbe,unique_prototype,note")
-    _write_csv(path, header, [(_test_id(i), records.formula(m.structure), m.n_sites, round(m.volume, 4), e, e, hull,
-                               0.0, i % 8 != 0, "synthetic")
-                              for i, (m, e, hull) in enumerate(zip(test, e_form, e_hull))])
+    rows = [(_test_id(i), records.formula(m.structure), m.n_sites, round(m.volume, 4), e, e, hull, 0.0,
+             i % 8 != 0, "synthetic") for i, (m, e, hull) in enumerate(zip(test, e_form, e_hull))]
+    _write_csv(path, header, rows)
 
 
 def _write_curves(path: Path) -> None:
@@ -253,8 +256,8 @@ def _write_split(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -
 
 def _write_optimade(path: Path, materials: Sequence[Material], description: str) -> None:
     head = [{"x-optimade": {"meta": {"api_version": "1.1.0"}}},
-            {"type": "info", "id": "structures", "description": description, "properties": {}, "formats": ["json"],
-             "output_fields_by_format": {"json": []}}]
+            {"type": "info", "id": "structures", "description": description, "properties": {},
+             "formats": ["json"], "output_fields_by_format": {"json": []}}]
     _write_lines(path, head + [_optimade(m.material_id, m.structure) for m in materials])
 
 
@@ -266,7 +269,8 @@ def _optimade(material_id: str, structure: dict) -> dict:
     matrix = structure["lattice"]["matrix"]
     fractions = np.array([site["abc"] for site in structure["sites"]]).reshape(-1, 3)
     attributes = {
-        "elements": list(counts), "nelements": len(counts), "elements_ratios": [k / n for k in counts.values()],
+        "elements": list(counts), "nelements": len(counts),
+        "elements_ratios": [k / n for k in counts.values()],
         "chemical_formula_descriptive": _formula(counts.items()),
         "chemical_formula_reduced": _formula((name, k // divisor) for name, k in counts.items()),
         "chemical_formula_anonymous": _formula(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", sorted(

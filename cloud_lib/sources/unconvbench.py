@@ -35,16 +35,17 @@ def path(task: str) -> Path | None:
         ValueError: no task has this name.
     """
     if task not in TASKS:
-        raise ValueError(f"expected an UnconvBench task of {list(TASKS)}, found {task!r}; correct the parameter")
-    folder = io.raw_dir() / "unconvbench"
-    return next((file for suffix in (".json.gz", ".json") if (file := folder / (task + suffix)).is_file()), None)
+        raise ValueError(f"expected an UnconvBench task of {list(TASKS)}, found {task!r}; correct the "
+                         "parameter")
+    files = (io.raw_dir() / "unconvbench" / (task + suffix) for suffix in (".json.gz", ".json"))
+    return next(filter(Path.is_file, files), None)
 
 
 def load(task: str) -> "pd.DataFrame":
     """[material_id, structure, target, fold, row], `attrs` as in matbench.load().
 
-    The folds are official if the file has all official rows; of a shorter file (whose rows are not the official
-    ones) they are dealt the same way over the rows that are there.
+    The folds are official if the file has all official rows; of a shorter file (whose rows are not the
+    official ones) they are dealt the same way over the rows that are there.
 
     Raises:
         ValueError: unknown task; no column of targets; a target that is not a number.
@@ -55,21 +56,22 @@ def load(task: str) -> "pd.DataFrame":
 
     file = path(task)
     if file is None:
-        raise NotAvailable(f"expected the UnconvBench task {task!r} in {io.raw_dir() / 'unconvbench'}, found no "
-                           f"file; run python -m cloud_lib data 'unconvbench/{task}*', or set CLOUD_DATA to a "
-                           "folder that has it")
+        raise NotAvailable(f"expected the UnconvBench task {task!r} in {io.raw_dir() / 'unconvbench'}, found "
+                           f"no file; run python -m cloud_lib data 'unconvbench/{task}*', or set CLOUD_DATA "
+                           "to a folder that has it")
     document = records.read_json(file)
     target = np.array(_targets(document, TASKS[task].target_column, file), float)
     if bad := np.flatnonzero(~np.isfinite(target)).tolist():
-        raise ValueError(f"{file}: expected a number for every row, found {len(bad)} of {len(target)} without, e.g. "
-                         f"rows {bad[:3]}; delete it and run make data")
+        raise ValueError(f"{file}: expected a number for every row, found {len(bad)} of {len(target)} "
+                         f"without, e.g. rows {bad[:3]}; delete it and run make data")
     n, official = len(target), TASKS[task].n_official
     frame = pd.DataFrame({
         "material_id": [f"ub-{task}-{row + 1:0{len(str(official))}d}" for row in range(n)],
         "structure": [row[document["columns"].index("structure")] for row in document["data"]],
         "target": target, "fold": records.kfold(n, FOLD_SEED), "row": np.arange(n)})
     frame.attrs = {"task": task, "unit": TASKS[task].unit, "rows": n, "rows_official": official,
-                   "folds": "official" if n == official else "own (same seed, fewer rows)", "source": file.name}
+                   "folds": "official" if n == official else "own (same seed, fewer rows)",
+                   "source": file.name}
     return frame
 
 
@@ -78,6 +80,6 @@ def _targets(document: dict, column: str, file: Path) -> list:
     columns = document.get("columns", [])
     name = column if column in columns else "target"
     if name not in columns or "structure" not in columns:
-        raise ValueError(f"{file}: expected the columns 'structure' and {column!r} (or 'target'), found {columns}; "
-                         "delete it and run make data")
+        raise ValueError(f"{file}: expected the columns 'structure' and {column!r} (or 'target'), found "
+                         f"{columns}; delete it and run make data")
     return [row[columns.index(name)] for row in document["data"]]
