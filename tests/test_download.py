@@ -15,11 +15,11 @@ import pytest
 
 from cloud_lib import cli, io
 from cloud_lib.sources import DamagedFile, NotAvailable, download, fetch, manifest, registry
-from cloud_lib.sources.download import Expected, Patience
+from cloud_lib.sources.download import Expected, Connection
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-FAST = Patience(attempts=3, pause_s=0.001, timeout_s=5)
+FAST = Connection(attempts=3, pause_s=0.001, timeout_s=5)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -144,6 +144,11 @@ def test_no_server_and_no_address(tmp_path):
         download.fetch("gopher://nowhere/f", tmp_path / "f", Expected(), FAST)
     with pytest.raises(NotAvailable, match="found no address"):
         download.fetch([], tmp_path / "f", Expected(), FAST)
+
+
+def test_an_untrusted_certificate_is_not_retried(server, tmp_path):
+    with pytest.raises(NotAvailable, match="certificate not trusted: .*; set REQUESTS_CA_BUNDLE"):
+        download.fetch(server.url.replace("http:", "https:") + "/f", tmp_path / "f", Expected(), FAST)
 
 
 def test_the_second_address_is_tried(server, tmp_path):

@@ -44,12 +44,14 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to go on: attempts in a row without a new byte, first pause (doubles) and time-out [s]."""
+class Connection:
+    """How to go on: attempts in a row without a new byte, first pause (doubles) and time-out [s]; a file of
+    trusted certificates, if not the usual one."""
 
     attempts: int = 6
     pause_s: float = 1.0
     timeout_s: float = 30.0
+    certificates: str | None = None
 
 
 class _Interrupted(Exception):
@@ -61,7 +63,7 @@ class _Interrupted(Exception):
 
 
 def fetch(addresses: str | Iterable[str], target: Path, expected: Expected = Expected(),
-          patience: Patience = Patience()) -> Path:
+          connection: Connection = Connection()) -> Path:
     """Download to `target` from the first address that serves the expected file; a good file is kept.
 
     Raises:
@@ -76,7 +78,7 @@ def fetch(addresses: str | Iterable[str], target: Path, expected: Expected = Exp
     damaged = False
     for address in [addresses] if isinstance(addresses, str) else addresses:
         try:
-            return _fetch_one(address, target, expected, patience)
+            return _fetch_one(address, target, expected, connection)
         except (DamagedFile, NotAvailable) as error:
             failures.append(f"{address}: {error}")
             damaged |= isinstance(error, DamagedFile)
@@ -102,7 +104,7 @@ def _digest(path: Path, name: str) -> str:
         return hashlib.file_digest(file, name).hexdigest()
 
 
-def _fetch_one(address: str, target: Path, expected: Expected, patience: Patience) -> Path:
+def _fetch_one(address: str, target: Path, expected: Expected, connection: Connection) -> Path:
     """As fetch(), one address; a second process that wants the same file waits for the first."""
     partial = target.with_name(f".part-{target.name}")
     with open(partial, "ab") as file:
@@ -110,9 +112,9 @@ def _fetch_one(address: str, target: Path, expected: Expected, patience: Patienc
         if target.is_file() and not mismatch(target, expected):
             return target
         if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-            return _fetch_one(address, target, expected, patience)  # the first gave up and removed its file
+            return _fetch_one(address, target, expected, connection)  # the first gave up and removed its file
         try:
-            _complete(address, file, expected, patience)
+            _complete(address, file, expected, connection)
             os.replace(partial, target)
         finally:
             if partial.exists() and not partial.stat().st_size:
@@ -120,7 +122,7 @@ def _fetch_one(address: str, target: Path, expected: Expected, patience: Patienc
     return target
 
 
-def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> None:
+def _complete(address: str, file: BinaryIO, expected: Expected, connection: Connection) -> None:
     """Bring `file` to the expected content, continuing what an earlier run left if a checksum can tell.
 
     Raises:
@@ -130,16 +132,16 @@ def _complete(address: str, file: BinaryIO, expected: Expected, patience: Patien
     if not expected.verifiable:  # nothing would tell a continued file from two halves of different ones
         file.truncate(0)
     resumed = file.seek(0, os.SEEK_END) > 0
-    difference = _transfer_all(address, file, expected, patience)
+    difference = _transfer_all(address, file, expected, connection)
     if difference and resumed:  # what the earlier run left may be of another version
         file.truncate(0)
-        difference = _transfer_all(address, file, expected, patience)
+        difference = _transfer_all(address, file, expected, connection)
     if difference:
         file.truncate(0)
         raise DamagedFile(f"served {difference}")
 
 
-def _transfer_all(address: str, file: BinaryIO, expected: Expected, patience: Patience) -> str:
+def _transfer_all(address: str, file: BinaryIO, expected: Expected, connection: Connection) -> str:
     """Transfer until the end of the file, with retries; the difference from the expected file, or "".
 
     Raises:
@@ -149,14 +151,16 @@ def _transfer_all(address: str, file: BinaryIO, expected: Expected, patience: Pa
     while True:
         before = file.seek(0, os.SEEK_END)
         try:
-            _transfer(address, file, expected, patience.timeout_s)
+            _transfer(address, file, expected, connection)
             break
+        except requests.exceptions.SSLError as error:  # will not heal by waiting
+            raise NotAvailable(f"certificate not trusted: {error}; set REQUESTS_CA_BUNDLE") from error
         except (_Interrupted, requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:
             failures = 0 if file.seek(0, os.SEEK_END) > before else failures + 1
-            if failures >= patience.attempts:
+            if failures >= connection.attempts:
                 raise NotAvailable(f"{failures} attempts without a byte, the last: {error}") from error
-            pause = getattr(error, "wait_s", None) or patience.pause_s * 2 ** max(0, failures - 1)
+            pause = getattr(error, "wait_s", None) or connection.pause_s * 2 ** max(0, failures - 1)
             time.sleep(min(pause, LONGEST_PAUSE_S))
         except requests.RequestException as error:  # an address that is none, too many redirects
             raise NotAvailable(str(error)) from error
@@ -165,7 +169,7 @@ def _transfer_all(address: str, file: BinaryIO, expected: Expected, patience: Pa
     return mismatch(Path(file.name), expected)
 
 
-def _transfer(address: str, file: BinaryIO, expected: Expected, timeout_s: float) -> None:
+def _transfer(address: str, file: BinaryIO, expected: Expected, connection: Connection) -> None:
     """One request for the bytes that are still missing, appended to `file`.
 
     Raises:
@@ -182,7 +186,8 @@ def _transfer(address: str, file: BinaryIO, expected: Expected, timeout_s: float
         _write([Path(url2pathname(urlsplit(address).path)).read_bytes()], file)
         return
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with requests.get(address, headers=headers, stream=True, timeout=timeout_s) as answer:
+    with requests.get(address, headers=headers, stream=True, timeout=connection.timeout_s,
+                      verify=connection.certificates or True) as answer:
         _check_status(answer, file, start)
         if start and answer.status_code == 200:  # the server sends everything again
             start = file.truncate(0)

@@ -51,8 +51,9 @@ def _expected(entry: Entry | Archive) -> download.Expected:
 
 def _fetch_archive(archive: Archive) -> Path:
     target = io.embedded_dir() / archive.file
+    connection = download.Connection(certificates=pip_settings().get("cert"))
     try:
-        return download.fetch(addresses(archive), target, _expected(archive))
+        return download.fetch(addresses(archive), target, _expected(archive), connection)
     except NotAvailable as error:
         raise NotAvailable(f"{error}. The archive is {archive.package} on the Python package index, "
                            f"{archive.address}") from error
@@ -91,7 +92,7 @@ def addresses(archive: Archive) -> Iterator[str]:
     if not settings.get("index-url"):
         yield archive.address
     for index in indexes:
-        yield from _in_index(index, archive)
+        yield from _in_index(index, archive, settings.get("cert"))
     if settings.get("index-url"):
         yield archive.address
 
@@ -106,11 +107,11 @@ def pip_settings() -> dict[str, str]:
     return found
 
 
-def _in_index(index: str, archive: Archive) -> Iterator[str]:
+def _in_index(index: str, archive: Archive, certificates: str | None = None) -> Iterator[str]:
     """Address of the archive on one index page (PEP 503), if the index answers and lists it."""
     page = f"{index.rstrip('/')}/{re.sub(r'[-_.]+', '-', archive.package.split('==')[0]).lower()}/"
     try:
-        text = _read_page(page)
+        text = _read_page(page, certificates)
     except (OSError, requests.RequestException):
         return  # an index that does not answer is not an error: the next address may
     for link in re.findall(r'href\s*=\s*["\']([^"\']+)["\']', text):
@@ -120,9 +121,9 @@ def _in_index(index: str, archive: Archive) -> Iterator[str]:
             return
 
 
-def _read_page(page: str) -> str:
+def _read_page(page: str, certificates: str | None) -> str:
     if page.startswith("file:"):
         return Path(url2pathname(urlsplit(page).path), "index.html").read_text("utf-8")
-    answer = requests.get(page, timeout=30, headers={"Accept": "text/html"})
+    answer = requests.get(page, timeout=30, headers={"Accept": "text/html"}, verify=certificates or True)
     answer.raise_for_status()
     return answer.text
