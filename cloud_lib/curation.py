@@ -101,7 +101,8 @@ def _database(paths: list[Path], inputs: dict, folder: Path, n_threads: int, mem
     n = sum(source["n"] for source in inputs.values())
     if not n:
         raise ValueError("expected crystals to curate, found none; run make data, or check the input")
-    settings = {"threads": max(1, n_threads), "memory_limit": memory, "temp_directory": str(folder / ".spill")}
+    settings = {"threads": max(1, n_threads), "memory_limit": memory, "temp_directory": str(folder / ".spill"),
+                "disabled_optimizers": "statistics_propagation"}  # it makes the schema depend on the partitions
     with duckdb.connect(config=settings) as db:
         db.read_parquet([str(path) for path in paths]).create_view("everything")
         db.sql("SELECT * EXCLUDE (stage, error) FROM everything WHERE stage IS NULL").create_view("usable")
@@ -146,7 +147,7 @@ def _quoted(path: Path) -> str:
 def _copy(db: duckdb.DuckDBPyConnection, query: str, target: Path) -> None:
     with io.atomic_path(target) as temporary:
         db.execute(f"COPY ({query}) TO '{_quoted(temporary)}' (FORMAT parquet, COMPRESSION zstd, "
-                   f"ROW_GROUP_SIZE {ROW_GROUP})")
+                   f"ROW_GROUP_SIZE {ROW_GROUP})").fetchall()
 
 
 def _write_rejects(db: duckdb.DuckDBPyConnection, target: Path) -> dict[str, int]:

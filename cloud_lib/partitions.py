@@ -236,15 +236,15 @@ def _finish(waiting: dict, settings: Settings, bar: tqdm) -> None:
         bar.update(len(items))
 
 
-def _isolated(items: list[Item], settings: Settings) -> list[dict]:
+def _isolated(items: list[Item], settings: Settings, work: Callable = rows) -> list[dict]:
     """Rows of a partition whose process died: halves in fresh processes until the culprit is alone."""
     try:
         with _processes(1) as pool:
-            return pool.submit(rows, items, settings).result()
+            return pool.submit(work, items, settings).result()
     except BrokenProcessPool:
         if len(items) > 1:
             middle = len(items) // 2
-            return _isolated(items[:middle], settings) + _isolated(items[middle:], settings)
+            return _isolated(items[:middle], settings, work) + _isolated(items[middle:], settings, work)
     material_id, source, payload = items[0]
     material_id = material_id or str(orjson.loads(payload).get("id"))
     return [{"material_id": material_id, "source": source, "stage": "crash",
