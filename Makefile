@@ -49,7 +49,7 @@ $(BUILD)/02_pretraining.ipynb: $(BUILD)/01_data_curation.ipynb
 $(BUILD)/03_matbench.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/04_discovery.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/05_unconvbench.ipynb: $(BUILD)/02_pretraining.ipynb
-$(BUILD)/06_scaling_law.ipynb: $(BUILD)/02_pretraining.ipynb $(BUILD)/03_matbench.ipynb
+$(BUILD)/06_scaling_law.ipynb: $(BUILD)/01_data_curation.ipynb
 
 # `make 03`, `make 03_matbench` and `make matbench` mean the same notebook, with what it depends on.
 define aliases

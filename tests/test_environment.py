@@ -48,6 +48,7 @@ ARROWS = {
     "experiments": {"io", "symmetry", "representation", "tokenizer", "sources", "curation", "dataset", "train",
                     "predict", "metrics", "report"},
     "discovery": {"io", "tokenizer", "sources", "curation", "train", "predict", "metrics", "report"},
+    "scaling_tables": {"io", "powerlaw", "scaling", "grid", "train", "experiments", "report"},
     "notebook": set(),
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.

@@ -62,7 +62,7 @@ def test_all_runs_everything_once(make):
 
 @pytest.mark.parametrize("touched, rerun", [
     ("notebooks/01_data_curation.ipynb", NAMES),
-    ("params/demo/03_matbench.yaml", ("03_matbench", "06_scaling_law")),
+    ("params/demo/02_pretraining.yaml", NAMES[1:5]),
     ("notebooks/05_unconvbench.ipynb", ("05_unconvbench",)),
     ("params/smoke/03_matbench.yaml", ()),
     ("cloud_lib/sources/miniature.py", ()),
@@ -76,6 +76,10 @@ def test_a_touched_file_reruns_what_depends_on_it(make, touched, rerun):
 @pytest.mark.parametrize("target", ["03", "matbench", "03_matbench"])
 def test_one_notebook_by_number_or_name(make, target):
     assert make(target) == ["data", *NAMES[:3]]
+
+
+def test_the_scaling_law_needs_only_the_strings(make):
+    assert make("scaling_law") == ["data", NAMES[0], NAMES[5]]
 
 
 def test_smoke_runs_on_the_miniature_whatever_the_data_folder(make):
@@ -100,7 +104,7 @@ def test_failed_notebook_is_not_taken_for_finished(make):
     assert make("all", status=2) == ["02_pretraining"]
     assert good.read_text() == "ok"
     (make.root / "notebooks/02_pretraining.ipynb").write_text("mended")
-    assert make("all") == list(NAMES[1:])
+    assert make("all") == list(NAMES[1:5])
     assert good.read_text() == "mended"
 
 
