@@ -140,8 +140,7 @@ def as_displayed(df: pd.DataFrame) -> pd.DataFrame:
         if f"{column}_std" in df:
             shown[column] = [format_mean_std(m, s) for m, s in zip(df[column], df[f"{column}_std"])]
         if column == "rows" and "rows_official" in df:
-            shown[column] = [MISSING if pd.isna(k) else f"{k:,.0f} of {n:,.0f}"
-                             for k, n in zip(df["rows"], df["rows_official"])]
+            shown[column] = [format_rows(k, n) for k, n in zip(df["rows"], df["rows_official"])]
     return shown
 
 
@@ -178,6 +177,13 @@ def format_number(value: Any) -> str:
     if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
         return f"{value:.3g}"
     return f"{value:,.{_decimals(value)}f}"
+
+
+def format_rows(rows: float, official: float) -> str:
+    """"9,502 of 10,987"; the count alone where there is no official number."""
+    if pd.isna(rows):
+        return MISSING
+    return f"{rows:,.0f}" if pd.isna(official) else f"{rows:,.0f} of {official:,.0f}"
 
 
 def format_mean_std(mean: float, std: float) -> str:

@@ -48,6 +48,14 @@ def test_compare_refuses_duplicate_lines():
         report.compare(pd.DataFrame({"task": ["a"], "paper": [1.0]}), twice, ["task"])
 
 
+@pytest.mark.parametrize("rows, official, text", [
+    (9502, 10987, "9,502 of 10,987"), (12, np.nan, "12"), (np.nan, 530, "–"),
+])
+def test_rows_of_the_official_number(rows, official, text):
+    shown = report.as_displayed(pd.DataFrame({"rows": [rows], "rows_official": [official]}))
+    assert shown.to_dict("records") == [{"rows": text}]
+
+
 def test_a_column_keeps_the_fewest_decimals_that_lose_nothing():
     shown = report.as_displayed(pd.DataFrame({
         "threshold": [-0.05, 0, 0.05], "n": [5.0, np.nan, 1e6], "F1": [0.467, 0.474, 0.38],
