@@ -312,7 +312,8 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
     """What guessing by frequency reaches on masked tokens: the bar that a language model has to clear.
 
     "unigram": frequencies of the training tokens; "position": frequencies at the same position of a string,
-    smoothed with the unigram. Returns {name: {"loss" [nats], "accuracy"}}; special tokens are never predicted.
+    smoothed with the unigram. Returns {name: {"loss" [nats], "accuracy", "accuracy_by_part"}}; special tokens are
+    never predicted.
     """
     vocab_size, n_special = packed.meta["vocab_size"], packed.meta["n_special"]
     counts = np.zeros((packed.meta["max_length"], vocab_size))
@@ -331,4 +332,12 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
     label, position = np.concatenate(labels), np.concatenate(positions)
     scores = {"unigram": np.broadcast_to(unigram, counts.shape), "position": by_position}
     return {name: {"loss": float(-np.log(p[position, label]).mean()),
-                   "accuracy": float((p.argmax(1)[position] == label).mean())} for name, p in scores.items()}
+                   **_accuracies(p.argmax(1)[position] == label, np.asarray(packed.meta["part_of_id"])[label])}
+            for name, p in scores.items()}
+
+
+def _accuracies(right: np.ndarray, part: np.ndarray) -> dict[str, Any]:
+    """Share of right tokens: of all, and per part of the string (None where there are none)."""
+    return {"accuracy": float(right.mean()),
+            "accuracy_by_part": {name: float(right[part == i].mean()) if (part == i).any() else None
+                                 for i, name in enumerate(PARTS) if i}}

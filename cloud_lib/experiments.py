@@ -20,6 +20,7 @@ from cloud_lib.sources import matbench
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
 STAGES = ("run", "restore")
 BENCHMARKS = "benchmarks.csv"
+PARTS = ["generator", "wyckoff", "element", "fraction"]  # of a string, in its order
 HYPERPARAMETERS = {  # Table 4's name -> ours
     "pretrain": {"bert_hidden_layers": "n_layers", "bert_attention_heads": "n_heads",
                  "max_position_embeddings": "max_positions", "embedding_size": "width", "pretrain_epochs": "epochs",
@@ -127,13 +128,16 @@ def publish(result: dict[str, Any], target: Path, tokenizer: Any) -> Path:
 
 
 def masked_accuracy(result: dict[str, Any]) -> pd.DataFrame:
-    """Accuracy on held-out masked tokens per part of the string: the model, the two baselines."""
-    columns = {"unigram": result["baselines"]["unigram"], "per-position": result["baselines"]["per_position"],
-               "model": result}
-    parts = [*result["accuracy_by_part"], "all"]
-    table = {name: [*found["accuracy_by_part"].values(), found["accuracy"]] for name, found in columns.items()}
-    losses = {"part": ["loss (nats)"]} | {name: [found["loss"]] for name, found in columns.items()}
-    return pd.concat([pd.DataFrame({"part": parts} | table), pd.DataFrame(losses)], ignore_index=True)
+    """Held-out masked tokens: the model and two baselines that guess by frequency.
+
+    A line per part of the string and one for all tokens with the accuracy of `unigram`, `per-position` and `model`,
+    and a last line with their losses [nats per masked token].
+    """
+    columns = {"unigram": result["baselines"]["unigram"], "per-position": result["baselines"]["position"],
+               "model": result | {"loss": result["val_loss"]}}
+    table = {name: [*(found["accuracy_by_part"][part] for part in PARTS), found["accuracy"], found["loss"]]
+             for name, found in columns.items()}
+    return pd.DataFrame({"part": [*PARTS, "all", "loss (nats)"]} | table)
 
 
 def attention_rows(tokens: list[str], weights: np.ndarray) -> pd.DataFrame:

@@ -3,9 +3,10 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .report import COLUMN_MM, PALETTE, TEXT_MM, figure_size, panel_letter
 
@@ -45,7 +46,8 @@ def attention(tokens: list[str], parts: np.ndarray, weights: np.ndarray) -> Figu
     right.set(yticks=range(n), xlabel="attention weight from [CLS]", ylim=(n - 0.5, -0.5))
     right.set_yticklabels(tokens, fontsize=6)
     handles = [Line2D([], [], marker="s", ls="", color=c) for c in PART_COLOURS[1:]]
-    right.legend(handles, PARTS[1:], frameon=False, loc="lower right")
+    right.legend(handles, PARTS[1:], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=0.8,
+                 handletextpad=0.1)
     return fig
 
 
@@ -63,9 +65,10 @@ def corpus_overview(space_groups: pd.DataFrame, elements: pd.DataFrame, lengths:
     middle.bar(elements["element"], elements["n"], color=PALETTE["green"])
     middle.set(xlabel="element", ylabel="crystals", yscale="log", xlim=(-0.7, len(elements) - 0.3))
     middle.tick_params(axis="x", labelrotation=90, labelsize=4.5, length=1.5)
-    for (style, rows), colour in zip(lengths.groupby("style", sort=False), PART_COLOURS[1:]):
+    looks = zip(lengths.groupby("style", sort=False), PART_COLOURS[1:], ("-", "--", "-"))
+    for (style, rows), colour, dashes in looks:
         share = rows["n"] / rows["n"].sum()
-        bottom.step(rows["n_tokens"], share, where="mid", color=colour, label=style)
+        bottom.step(rows["n_tokens"], share, where="mid", color=colour, ls=dashes, label=style)
         longest = rows.loc[share.cumsum() < 0.995, "n_tokens"].max()
         bottom.set_xlim(0, max(longest, bottom.get_xlim()[1] if bottom.lines[1:] else 0))
     bottom.set(xlabel="tokens per string", ylabel="share of crystals", ylim=(0, None))
@@ -172,8 +175,8 @@ def _lines(ax: plt.Axes, table: pd.DataFrame, x: str, group: str, xlabel: str, l
         rows = table[table[group] == value].sort_values(x)
         ax.plot(rows[x], rows["val_loss"], "o-", ms=3, lw=1, color=colour, label=_short(value))
     ax.set(xlabel=xlabel, ylabel="validation MLM loss (nats)", xscale="log", yscale="log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    _plain_log_ticks(ax.yaxis, table["val_loss"])
+    _plain_log_ticks(ax.xaxis, table[x])
+    _plain_log_ticks(ax.yaxis)
     ax.legend(frameon=False, title=legend, alignment="left", fontsize=6.5, title_fontsize=7, labelspacing=0.25)
 
 
@@ -193,7 +196,7 @@ def _finetuned_panel(ax: plt.Axes, table: pd.DataFrame, x: str) -> None:
         same = scratch[scratch[other] == scratch[other].max()]
         ax.axhline(same["mae"].mean(), color=PALETTE["grey"], ls="--", lw=1, label="from scratch")
     ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    _plain_log_ticks(ax.xaxis, rows[x])
     ax.legend(frameon=False)
 
 
@@ -242,9 +245,8 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _plain_log_ticks(axis, values: pd.Series) -> None:
-    """Readable numbers on a logarithmic axis that spans less than a decade."""
-    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.2, 1.5, 2, 2.5, 3, 4, 5) if values.min() * 0.8 < t < values.max() * 1.25]
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+def _plain_log_ticks(axis: Axis, values: pd.Series | None = None) -> None:
+    """Readable numbers on a logarithmic axis that spans about a decade; ticks at `values` if they are given."""
+    axis.set_major_locator(MaxNLocator(5) if values is None else FixedLocator(sorted(values.unique())))
+    axis.set_major_formatter("{x:g}" if values is None else FuncFormatter(lambda value, _: _short(value)))
+    axis.set_minor_locator(NullLocator())
