@@ -128,10 +128,11 @@ def auc_differences(models: pd.DataFrame, n_resamples: int = 1000, seed: int = 0
     return pd.DataFrame(found, columns=["model", *metrics.Interval._fields])
 
 
-def summary(metrics_here: pd.DataFrame) -> pd.DataFrame:
-    """Lines of the README's table: AUC and F1, the paper's and ours."""
+def summary(metrics_here: pd.DataFrame, facts: dict) -> pd.DataFrame:
+    """Lines of the README's table: AUC and F1, the paper's and ours; `facts` as `prepare` returns them."""
     ours = metrics_here.set_index("model").loc[OURS]
     paper = paper_table().set_index("model").loc["CLOUD (paper)"]
-    return pd.DataFrame([{"result": f"Discovery {name}", "paper": paper[name], "ours": ours[name], "rows": ours["rows"],
-                          "rows_official": ours["rows_official"], "notebook": "04_discovery", "make": "discovery"}
-                         for name in ("ROC AUC", "F1")])
+    return pd.DataFrame([{"result": f"Discovery {name}, test set {facts['test set']}", "paper": paper[name],
+                          "ours": ours[name], "rows": ours["rows"],
+                          "rows_official": facts["test rows (official)"] or ours["rows_official"],
+                          "notebook": "04_discovery", "make": "discovery"} for name in ("ROC AUC", "F1")])

@@ -255,7 +255,8 @@ def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=["task", "model", "mae", "mae_std", "rows", "folds"])
     ours = table[table["split"] == "test"].drop_duplicates(["task", "row"])[["task", "row", "fold", "material_id",
                                                                              "target"]]
-    joined = published.merge(ours, on=["task", "row"], validate="m:1").assign(split="test", seed=0)
+    joined = published[published["model"] != "Dummy"].merge(ours, on=["task", "row"], validate="m:1")
+    joined = joined.assign(split="test", seed=0)
     return scores(joined).drop(columns=["seeds", "mad"])
 
 
@@ -321,7 +322,8 @@ def pretraining_note(curated: dict[str, Any]) -> str:
     n, excluded = curated["packed"]["corpus"]["n"], curated["packed"]["corpus"]["n_excluded"]
     leak = f"{excluded:,} crystals of the test folds left out" if curated["exclude_test_crystals"] else \
         "test crystals not left out, as in the paper"
-    return f"pre-trained on {n:,} {curated['style']} strings ({leak}), symprec {curated['symprec']} angstrom"
+    note = f"pre-trained on {n:,} {curated['style']} strings ({leak}), symprec {curated['symprec']} angstrom"
+    return f"SYNTHETIC LABELS, not a result; {note}" if curated["synthetic"] else note
 
 
 def summary(table: pd.DataFrame, metric: str, notebook: str) -> pd.DataFrame:
