@@ -73,6 +73,52 @@ def _cmd_string(args: argparse.Namespace) -> None:
         print(f"{n_errors} of {n_rows} crystals have no string, see their error", file=sys.stderr)
 
 
+def _cmd_harvest(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from cloud_lib import io
+    from cloud_lib.sources import optimade
+
+    given = dict(name.split("=", 1) for name in args.databases if "=" in name)
+    providers = [name for name in args.databases if "=" not in name]
+    if providers or not given:
+        find = optimade.known_databases if args.offline_list else optimade.discover
+        given |= find(providers or None)
+    config = optimade.HarvestConfig(args.page_limit, filter=args.filter, n_parallel=args.parallel,
+                                    min_interval=args.interval)
+    rows = optimade.harvest(given, args.out or io.raw_dir() / "optimade", config)
+    columns = ["database", "status", "structures", "expected", "pages", "requests", "failures", "bytes", "error"]
+    print(pd.DataFrame(rows)[columns].to_string(index=False))
+    if failed := [row["database"] for row in rows if row["status"] == "failed"]:
+        raise ConnectionError(f"{len(failed)} of {len(rows)} databases failed, e.g. {failed[:3]}; run it again: "
+                              "each continues at its last page")
+
+
+def _cmd_curate(args: argparse.Namespace) -> None:
+    import json
+
+    from cloud_lib import curation
+
+    crystals = curation.path_items(args.paths) if args.paths else curation.corpus_items()
+    options = {"symprec": args.symprec, "n_workers": args.workers, "partition_size": args.partition_size,
+               "engine": args.engine, "memory": args.memory}
+    if args.scheduler is None:
+        manifest = curation.curate(crystals, args.out, **options)
+    else:
+        from distributed import Client
+
+        with Client(None if args.scheduler == "local" else args.scheduler) as client:
+            manifest = curation.curate(crystals, args.out, **options, executor=client.get_executor())
+    print(json.dumps(manifest["counts"], indent=2))
+
+
+def _cmd_generate(args: argparse.Namespace) -> None:
+    from cloud_lib import generate
+
+    counts = generate.write(args.corpus, args.out, args.number, args.seed)
+    print(f"{counts['n']} new strings from {counts['n_prototypes']} prototypes in {args.out}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -121,7 +167,41 @@ def build_parser() -> argparse.ArgumentParser:
     string.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
     string.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")
     string.set_defaults(run=_cmd_string)
+    _add_curation(commands)
     return parser
+
+
+def _add_curation(commands: argparse._SubParsersAction) -> None:
+    harvest = commands.add_parser("harvest", help="fetch all structures of OPTIMADE databases; resumable")
+    harvest.add_argument("databases", nargs="*", metavar="PROVIDER|NAME=URL",
+                         help="default: the 14 providers of the paper")
+    harvest.add_argument("--out", type=Path, help="default: optimade/ in the raw data folder")
+    harvest.add_argument("--page-limit", type=int, default=500, help="structures per page (default: %(default)s)")
+    harvest.add_argument("--parallel", type=int, default=8, help="databases at once (default: %(default)s)")
+    harvest.add_argument("--interval", type=float, default=0.5, metavar="S",
+                         help="seconds between two requests to one host (default: %(default)s)")
+    harvest.add_argument("--filter", default="", help="OPTIMADE filter, such as 'nsites<=100'")
+    harvest.add_argument("--offline-list", action="store_true", help="do not ask the official list of providers")
+    harvest.set_defaults(run=_cmd_harvest)
+
+    curate = commands.add_parser("curate", help="turn crystals into a de-duplicated corpus of symmetry strings")
+    curate.add_argument("paths", type=Path, nargs="*", metavar="FILE_OR_FOLDER",
+                        help="harvest folders, OPTIMADE JSON Lines, CIF, ... (default: the raw data folder)")
+    curate.add_argument("--out", type=Path, required=True, help="folder for corpus.parquet and its companions")
+    curate.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
+    curate.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")
+    curate.add_argument("--workers", type=int, default=2, help="processes, or tasks of a cluster kept busy")
+    curate.add_argument("--partition-size", type=int, default=5000, help="crystals per task (default: %(default)s)")
+    curate.add_argument("--memory", default="2GB", help="limit of the de-duplication (default: %(default)s)")
+    curate.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, or 'local' (extra 'cluster')")
+    curate.set_defaults(run=_cmd_curate)
+
+    generate = commands.add_parser("generate", help="new charge-balanced strings by substitution into prototypes")
+    generate.add_argument("corpus", type=Path, metavar="CORPUS.parquet", help="made by curate")
+    generate.add_argument("--out", type=Path, required=True, help="Parquet file of the new strings")
+    generate.add_argument("--number", type=int, default=10_000_000, help="strings to write (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_cmd_generate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,8 @@ from cloud_lib import io
 from cloud_lib.partitions import FACTS, Item, Settings, run_partitions
 from cloud_lib.representation import STYLES
 from cloud_lib.sources import corpus as corpus_files
-from cloud_lib.sources import embedded, records
+from cloud_lib.sources import embedded, optimade, records
+from cloud_lib.symmetry import read_crystals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,12 +48,31 @@ def read_lines(path: Path, source: str) -> Iterator[Item]:
 
 
 def corpus_items() -> Iterator[tuple[str, str, Any]]:
-    """Every crystal of the corpus folder's OPTIMADE files if there are any, else of the package registry."""
-    files = corpus_files.files()
-    if not files:
+    """Every crystal of raw_dir()/corpus (OPTIMADE files) and raw_dir()/optimade (harvested pages).
+
+    Without either, the crystals of the package registry.
+    """
+    files, harvested = corpus_files.files(), io.raw_dir() / "optimade"
+    yield from path_items(files)
+    yield from optimade.iter_structures(harvested)
+    if not files and not list(harvested.glob("*/index.jsonl")):
         yield from embedded.corpus()
-    for file in files:
-        yield from read_lines(file, file.name.split(".")[0])
+
+
+def path_items(paths: Iterable[Path]) -> Iterator[tuple[str, str, Any]]:
+    """Every crystal of harvest folders, OPTIMADE JSON Lines files, or whatever `read_crystals` reads.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    for path in map(Path, paths):
+        if list(path.glob("*/index.jsonl")):
+            yield from optimade.iter_structures(path)
+        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from read_lines(path, path.name.split(".")[0])
+        else:
+            for material_id, crystal in read_crystals(path):
+                yield material_id, path.stem, crystal
 
 
 # -------------------------------------------------------------------------------------------------- corpus

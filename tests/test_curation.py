@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,9 +235,11 @@ def test_statistics(corpus):
     assert (statistics["collisions"].n == 44).all() and (statistics["collisions"].shared_strings == 0).all()
 
 
-def test_dask_gives_the_same_bytes(corpus, tmp_path):
-    distributed = pytest.importorskip("distributed", reason="extra 'cluster' not installed")
+def test_dask_gives_the_same_bytes_also_when_a_worker_is_lost(corpus, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="needs the extra 'cluster' (Dask)")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with distributed.Client(cluster) as client:
-            manifest = curation.curate(crystals(), tmp_path, partition_size=5, executor=client.get_executor())
+            victim = next(iter(client.run(os.getpid).values()))
+            threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
+            manifest = curation.curate(crystals(), tmp_path, partition_size=2, executor=client.get_executor())
     assert manifest["outputs"] == corpus[1]["outputs"]
