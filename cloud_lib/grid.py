@@ -16,8 +16,9 @@ from cloud_lib import io
 
 PAPER_LAYERS, PAPER_HEADS = (1, 3, 6, 12), (1, 4, 12)  # section 4.5; 64 wide per head
 REPEAT_EVERY = 3                                       # every third cell is repeated with the further seeds
-RUN_COLUMNS = ["n_layers", "n_heads", "n_params_non_embedding", "n_params_total", "n_examples", "n_tokens_unique",
-               "n_tokens_seen", "epochs", "train_flops", "val_loss", "seed", "wall_time_s", "best_step", "n_steps"]
+RUN_COLUMNS = ["n_layers", "n_heads", "n_params_non_embedding", "n_params_total", "n_examples",
+               "n_tokens_unique", "n_tokens_seen", "epochs", "train_flops", "val_loss", "seed", "wall_time_s",
+               "best_step", "n_steps"]
 
 
 def data_sizes(n_rows: int, n_sizes: int = 5, ratio: float = 2.0) -> list[int]:
@@ -47,12 +48,14 @@ def scaling_grid(layers: Sequence[int], heads: Sequence[int], n_examples: Sequen
             raise ValueError(f"expected {name} for every one of {sorted(keys)}, missing {missing[:3]}")
     cells = sorted((_cost(n_layers, n_heads, n, epochs), n_layers, n_heads, n)
                    for n_layers in layers for n_heads in heads for n in n_examples)
-    return [_unit(dataclasses.replace(
-                config, encoder=dataclasses.replace(config.encoder, n_layers=n_layers, n_heads=n_heads), n_train=n,
-                epochs=epochs[n] if epochs else config.epochs, lr=lr[n_heads] if lr else config.lr, seed=seed),
-                data_dir, out_dir)
-            for i, (_, n_layers, n_heads, n) in enumerate(cells)
-            for seed in (seeds if i % REPEAT_EVERY == 0 else seeds[:1])]
+    found = []
+    for i, (_, n_layers, n_heads, n) in enumerate(cells):
+        cell = dataclasses.replace(
+            config, encoder=dataclasses.replace(config.encoder, n_layers=n_layers, n_heads=n_heads), n_train=n,
+            epochs=epochs[n] if epochs else config.epochs, lr=lr[n_heads] if lr else config.lr)
+        found += [_unit(dataclasses.replace(cell, seed=seed), data_dir, out_dir)
+                  for seed in (seeds if i % REPEAT_EVERY == 0 else seeds[:1])]
+    return found
 
 
 def _cost(n_layers: int, n_heads: int, n: int, epochs: Mapping[int, float] | None) -> float:
@@ -62,7 +65,8 @@ def _cost(n_layers: int, n_heads: int, n: int, epochs: Mapping[int, float] | Non
 
 def _unit(config: Any, data_dir: Path, out_dir: Path) -> dict[str, Any]:
     name = f"L{config.encoder.n_layers}-H{config.encoder.n_heads}-n{config.n_train}-s{config.seed}"
-    return {"kind": "pretrain", "config": io.plain(config), "data_dir": str(data_dir), "out_dir": str(out_dir / name)}
+    return {"kind": "pretrain", "config": io.plain(config), "data_dir": str(data_dir),
+            "out_dir": str(Path(out_dir) / name)}
 
 
 def finetune_configs(units: Sequence[dict[str, Any]], config: Any) -> dict[str, Any]:
@@ -96,7 +100,8 @@ def collect_runs(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """
     other = [result.get("task", "?") for result in results if result.get("kind") != "pretrain"]
     if other or not results:
-        raise ValueError(f"expected results of pre-training, found {len(results)} of which {len(other)} are others, "
-                         f"e.g. {other[:3]}; pass what run_units returns for scaling_grid")
-    rows = [{column: {**result["config"]["encoder"], **result}[column] for column in RUN_COLUMNS} for result in results]
+        raise ValueError(f"expected results of pre-training, found {len(results)} of which {len(other)} are "
+                         f"others, e.g. {other[:3]}; pass what run_units returns for scaling_grid")
+    rows = [{column: {**result["config"]["encoder"], **result}[column] for column in RUN_COLUMNS}
+            for result in results]
     return pd.DataFrame(rows).sort_values(["train_flops", "seed"], ignore_index=True)

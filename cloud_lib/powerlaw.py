@@ -12,6 +12,7 @@ T_D = B / D^beta are the two terms at the geometric mean of N and of D. Unlike l
 correlate with the exponents, and their bounds keep every exponential finite.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ DELTA = 1e-3       # Huber's delta on log loss (Hoffmann et al., appendix D.3)
 WIDE = 0.3         # a delta so wide that the objective is nearly least squares: smooth, few minima
 EXPONENTS = 1e-4, 5.0  # bounds of alpha and beta
 MAX_PLACES = 200   # smooth minima that walk on; more means a flat valley, where they are all the same
-BLOCK = 50_000     # numbers per array (copies x runs): a few such arrays stay in a core's cache
+BLOCK = 200_000    # numbers per scratch array (copies x runs); larger blocks gain nothing
 CONSTANTS = ("A", "B", "E", "alpha", "beta")
 _TERMS = (slice(0, 2), slice(2, 4), slice(4, 5))  # columns of theta that belong to the N, D and E term
 
@@ -80,6 +81,7 @@ class Problem:
         self.target = np.log(loss)
         self.weights = np.ones(len(log_n)) if weights is None else np.asarray(weights, float)
         self.delta = delta
+        self.memory = None
         x, y, one = log_n - self.centre[0], log_d - self.centre[1], np.ones_like(log_n)
         self.slopes = np.stack([one, -x]), np.stack([one, -y]), one[None]  # d log(term) / d theta
         self.products = {(i, j): (self.slopes[i][:, None] * self.slopes[j]).reshape(-1, len(x)).T.copy()
@@ -87,6 +89,15 @@ class Problem:
         low, high = self.target.min(), self.target.max()
         self.lower = np.array([low - 30, EXPONENTS[0], low - 30, EXPONENTS[0], low - 16])
         self.upper = np.array([high + 3, EXPONENTS[1], high + 3, EXPONENTS[1], high])
+
+    def in_single(self):
+        """The same problem in single precision: half the memory, for the rough part of a search."""
+        single = copy(self)
+        single.memory = None
+        single.target, single.weights = self.target.astype(np.float32), self.weights.astype(np.float32)
+        single.slopes = tuple(slope.astype(np.float32) for slope in self.slopes)
+        single.products = {key: product.astype(np.float32) for key, product in self.products.items()}
+        return single
 
     def theta(self, constants):
         """Rows (A, B, E, alpha, beta) -> rows theta, moved inside the bounds."""
@@ -113,29 +124,45 @@ class Problem:
         re-weighted least squares), so it is positive and steps along it descend. newton=False returns it
         in the place of the Hessian (Gauss-Newton).
         """
-        terms = [np.exp(theta[:, rows] @ slope) for rows, slope in zip(_TERMS, self.slopes)]
-        total = terms[0] + terms[1] + terms[2]
-        r = np.log(total) - self.target
-        clipped = np.clip(r, -delta, delta)
-        force = weights * clipped                                 # d objective / d r
-        value = np.einsum("kn,kn->k", force, r - 0.5 * clipped)
-        size = np.abs(r)
-        major = weights * (delta / np.maximum(size, delta))
-        share = [term / total for term in terms]                  # each term's part of the loss
-        if newton:
-            stiff = weights * (size <= delta) - force             # curvature of Huber, less that of the log
+        share, r, clipped, force, major, stiff, pull, heavy, pair = self._scratch(len(theta))
+        own = theta.astype(self.target.dtype)
+        for term, rows, slope in zip(share, _TERMS, self.slopes):
+            np.exp(np.matmul(own[:, rows], slope, out=term), out=term)
+        np.add(np.add(share[0], share[1], out=r), share[2], out=r)
+        share /= r                                                # each term's part of the loss
+        np.subtract(np.log(r, out=r), self.target, out=r)
+        np.clip(r, -delta, delta, out=clipped)
+        np.multiply(weights, clipped, out=force)                  # d objective / d r
+        value = np.einsum("kn,kn->k", force, r) - 0.5 * np.einsum("kn,kn->k", force, clipped)
+        np.abs(r, out=major)
+        if newton:                                                # curvature of Huber, less that of the log
+            np.multiply(np.less_equal(major, delta, out=stiff), weights, out=stiff)
+            stiff -= force
+        np.multiply(np.divide(delta, np.maximum(major, delta, out=major), out=major), weights, out=major)
         gradient, majoriser = np.empty((len(theta), 5)), np.empty((len(theta), 5, 5))
         hessian = np.empty_like(majoriser) if newton else majoriser
         for i, rows in enumerate(_TERMS):
-            pull = force * share[i]
+            np.multiply(force, share[i], out=pull)
+            np.multiply(major, share[i], out=heavy)
             gradient[:, rows] = pull @ self.slopes[i].T
             for j, columns in enumerate(_TERMS[:i + 1]):
-                pair = share[i] * share[j]
-                self._fill(majoriser, rows, columns, (major * pair) @ self.products[i, j])
+                np.multiply(heavy, share[j], out=pair)
+                self._fill(majoriser, rows, columns, pair @ self.products[i, j])
                 if newton:
-                    curvature = stiff * pair + (pull if i == j else 0)
-                    self._fill(hessian, rows, columns, curvature @ self.products[i, j])
-        return value, gradient, hessian, majoriser
+                    np.multiply(np.multiply(stiff, share[i], out=pair), share[j], out=pair)
+                    if i == j:
+                        pair += pull
+                    self._fill(hessian, rows, columns, pair @ self.products[i, j])
+        return value.astype(float), gradient, hessian, majoriser
+
+    def _scratch(self, n_copies):
+        """Arrays to compute in, kept between calls: (3, n_copies, n) and eight of (n_copies, n).
+
+        Asking the system for this memory at every step costs more than the arithmetic.
+        """
+        if self.memory is None or self.memory.shape[1] < n_copies:
+            self.memory = np.empty((11, n_copies, len(self.target)), self.target.dtype)
+        return self.memory[:3, :n_copies], *self.memory[3:, :n_copies]
 
     @staticmethod
     def _fill(matrix, rows, columns, flat):
@@ -154,12 +181,13 @@ def minimise(problem, theta, lower=None, upper=None, delta=None, newton=True, ma
     delta = problem.delta if delta is None else delta
     lower = np.broadcast_to(problem.lower if lower is None else lower, theta.shape)
     upper = np.broadcast_to(problem.upper if upper is None else upper, theta.shape)
-    weights = np.broadcast_to(problem.weights, (len(theta), problem.weights.shape[-1]))
+    shared = problem.weights.ndim == 1
     best, value = np.empty(theta.shape), np.empty(len(theta))
-    copies = max(32, BLOCK // weights.shape[1])
+    copies = max(32, BLOCK // len(problem.target))
     for start in range(0, len(theta), copies):
         rows = slice(start, start + copies)
-        best[rows], value[rows] = _walk(problem, theta[rows], weights[rows], lower[rows], upper[rows],
+        weights = problem.weights if shared else problem.weights[rows]
+        best[rows], value[rows] = _walk(problem, theta[rows], weights, lower[rows], upper[rows],
                                         delta, newton, max_steps, tolerance)
     return best, value
 
@@ -184,8 +212,9 @@ def _walk(problem, theta, weights, lower, upper, delta, newton, max_steps, toler
             best[live[done]], value[live[done]] = theta[done], state[0][done]
             if done.all():
                 return best, value
-            live, theta, damping, weights, lower, upper, *state = (
-                part[~done] for part in (live, theta, damping, weights, lower, upper, *state))
+            live, theta, damping, lower, upper, *state = (
+                part[~done] for part in (live, theta, damping, lower, upper, *state))
+            weights = weights if weights.ndim == 1 else weights[~done]
     best[live], value[live] = theta, state[0]
     return best, value
 
@@ -216,11 +245,12 @@ def start_grid(problem, n_exponents=10, n_shares=11):
 def search(problem, starts):
     """Best minimum from many starts: (theta (5,), objective, share of starts that led to it).
 
-    Every start first solves the smooth problem (delta = WIDE). Rows that met there walk on as one: the
-    solver is deterministic, so they would never part again. As a check on that detour every 20th start
-    also descends the true objective directly, crease by crease.
+    Every start first solves the smooth problem (delta = WIDE, single precision). Rows that met there walk
+    on as one: the solver is deterministic, so they would never part again. As a check on that detour every
+    20th start also descends the true objective directly, crease by crease.
     """
-    smooth, depth = minimise(problem, starts, delta=WIDE, newton=False, max_steps=100, tolerance=1e-6)
+    smooth, depth = minimise(problem.in_single(), starts, delta=WIDE, newton=False, max_steps=50,
+                             tolerance=1e-5)
     places, member = _merge(smooth[depth.argsort()])
     theta, value = minimise(problem, np.concatenate([places, starts[::20]]))
     end = np.concatenate([value[:len(places)][member[member >= 0]], value[len(places):]])

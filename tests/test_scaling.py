@@ -333,3 +333,18 @@ def test_results_become_runs_that_can_be_fitted(tmp_path):
     assert scaling.fit(runs, n_bootstrap=0).law.alpha == pytest.approx(TRUTH.alpha, abs=0.05)
     with pytest.raises(ValueError, match=r"found 1 of which 1 are others, e.g. \['phonons'\]"):
         grid.collect_runs([{"kind": "finetune", "task": "phonons"}])
+
+
+def test_a_unit_of_the_grid_trains_and_is_collected(tmp_path):
+    from cloud_lib import train
+    from toy_tokens import toy
+
+    toy(tmp_path / "data")
+    run = train.RunConfig(device="cpu", precision="fp32", progress=False)
+    config = train.PretrainConfig(epochs=1, batch_size=16, n_evals=1, run=run)
+    unit = make_grid(tmp_path, layers=[1], heads=[1], n_examples=[32], seeds=[3], config=config)[0]
+    config = train.from_dict(train.PretrainConfig, unit["config"])
+    result = train.pretrain(config, unit["data_dir"], unit["out_dir"])
+    row = grid.collect_runs([result]).iloc[0]
+    assert (row.n_layers, row.n_heads, row.n_examples, row.seed, row.n_steps) == (1, 1, 32, 3, 2)
+    assert row.n_params_non_embedding == 12 * 64 ** 2 + 13 * 64 and row.n_tokens_seen == row.n_tokens_unique
