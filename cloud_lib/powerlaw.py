@@ -51,10 +51,10 @@ class Law:
 
     @property
     def G(self):
-        """Coefficient of the compute-optimal frontier (paper, Eq. 5)."""
+        """Coefficient of the compute-optimal frontier (paper, Eq. 5); at most e^300, where a fit on the
+        boundary with two vanishing exponents would have no number."""
         ratio = np.log(self.alpha) + np.log(self.A) - np.log(self.beta) - np.log(self.B)
-        with np.errstate(over="ignore"):  # both exponents near 0 (a fit on the boundary): infinite
-            return np.exp(ratio / (self.alpha + self.beta))
+        return np.exp(np.clip(ratio / (self.alpha + self.beta), -300, 300))
 
     def loss(self, n_params, data):
         """Predicted loss [nats]; the arguments broadcast with the constants."""

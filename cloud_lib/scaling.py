@@ -141,13 +141,14 @@ def check_runs(runs, data_column="n_examples"):
         sizes = runs[column].nunique()
         if sizes < MIN_SIZES:
             raise ValueError(f"expected at least {MIN_SIZES} {what}, found {sizes} in {column} "
-                             f"({sorted(runs[column].unique())}); add runs of other {what}")
+                             f"({sorted(runs[column].unique().tolist())}); add runs of other {what}")
     return tuple(values.T)
 
 
 def _rows(runs, columns, which):
     """Up to three rows as text for an error message."""
-    return [{"row": int(i), **{c: runs[c].iloc[i] for c in columns}} for i in which[:3]]
+    rows = runs[columns].iloc[which[:3]].to_dict("records")
+    return [{"row": int(i), **row} for i, row in zip(which, rows)]
 
 
 def fit(runs, data_column="n_examples", n_bootstrap=4000, seed=0, delta=DELTA, starts=None):
@@ -157,8 +158,10 @@ def fit(runs, data_column="n_examples", n_bootstrap=4000, seed=0, delta=DELTA, s
     resamples of the runs.
 
     Raises:
-        ValueError: what `check_runs` finds.
+        ValueError: what `check_runs` finds; n_bootstrap is negative.
     """
+    if n_bootstrap < 0:
+        raise ValueError(f"expected 0 or more bootstrap resamples, found {n_bootstrap}")
     n_params, data, loss = check_runs(runs, data_column)
     problem = Problem(n_params, data, loss, delta=delta)
     grid = powerlaw.start_grid(problem) if starts is None else problem.theta(starts)

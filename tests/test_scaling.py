@@ -229,11 +229,23 @@ def spoil(column, value):
     (make_runs()[:4], "expected more runs than the 5 constants, found 4; add 2 or more"),
     (make_runs()[:0], "found 0"),
     (make_runs(n_sizes=9)[:9], "expected at least 3 model sizes, found 1 .*add runs of other model sizes"),
-    (make_runs(n_sizes=2), "expected at least 3 data sizes, found 2 in n_examples"),
+    (make_runs(n_sizes=2), r"expected at least 3 data sizes, found 2 in n_examples \(\[12500.0, 200000.0\]\)"),
 ])
 def test_bad_runs_are_named(runs, message):
     with pytest.raises(ValueError, match=message):
         scaling.fit(runs, n_bootstrap=0)
+
+
+def test_negative_resamples_are_an_error(noisy):
+    with pytest.raises(ValueError, match="0 or more bootstrap resamples, found -1"):
+        scaling.fit(noisy, n_bootstrap=-1)
+
+
+def test_a_law_without_a_frontier_still_has_numbers(noisy):
+    flat = noisy.assign(val_loss=np.exp(0.01 * np.random.default_rng(0).standard_normal(len(noisy))))
+    fit = scaling.fit(flat, n_bootstrap=50)
+    assert fit.boundary and np.isfinite(fit.table()[["value", "low", "high"]].to_numpy()).all()
+    json.dumps(fit.to_dict([1e15]), allow_nan=False)
 
 
 @pytest.mark.parametrize("law, message", [
