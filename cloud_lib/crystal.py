@@ -5,6 +5,7 @@ occupancy, vacancies written as species, species other than the 118 elements and
 not finite, a cell without volume, atoms on top of each other.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ MAX_SITES = 5000  # a search in P1 takes seconds here, and grows with the square
 MIN_DISTANCE = 0.5  # [A]; two atoms closer than this are one atom written twice, or an error
 MIN_VOLUME_PER_SITE = 0.5  # [A^3]; the densest known crystals have more than 3
 MAX_LENGTH = 1e4  # [A]; longest accepted cell edge
+
+_SUMS = np.array([n for n in itertools.product((-2, -1, 0, 1, 2), repeat=3) if any(n)])  # (124, 3)
 
 
 class CrystalError(ValueError):
@@ -65,7 +68,8 @@ def _from_optimade(record: dict) -> Crystal:
         raise CrystalError(f"lattice: expected 3 x 3 numbers, found shape {lattice.shape}")
     names = {s["name"]: _species_symbol(s) for s in entry["species"]}
     symbols = tuple(map(names.__getitem__, entry["species_at_sites"]))
-    if not 0 < _volume(lattice) < np.inf:
+    volume, _ = _normals(lattice)
+    if not 0 < volume < np.inf:
         return Crystal(lattice, symbols, cartesian)  # rejected with its reason by the check of the lattice
     return Crystal(lattice, symbols, cartesian @ np.linalg.inv(lattice))
 
@@ -73,6 +77,8 @@ def _from_optimade(record: dict) -> Crystal:
 def _species_symbol(species: dict) -> str:
     """The element of an OPTIMADE species."""
     symbols, concentration = species["chemical_symbols"], species.get("concentration", [1.0])
+    if len(symbols) == 1 and concentration == [1.0] and symbols[0] in NUMBERS:
+        return symbols[0]
     return _only_species(dict(zip(symbols, concentration, strict=True)))
 
 
@@ -93,9 +99,13 @@ def _only_species(occupancies: dict[str, float]) -> str:
     return name if name in NUMBERS else name.rstrip("+-.0123456789")
 
 
-def _volume(lattice: np.ndarray) -> float:
+def _normals(lattice: np.ndarray) -> tuple[float, list[tuple[float, float, float]]]:
+    """Volume [A^3], and the normals b x c, c x a, a x b of the cell's faces [A^2]."""
     (a, b, c), (d, e, f), (g, h, i) = lattice.tolist()
-    return abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
+    normals = [(e * i - f * h, f * g - d * i, d * h - e * g), (h * c - i * b, i * a - g * c, g * b - h * a),
+               (b * f - c * e, c * d - a * f, a * e - b * d)]
+    x, y, z = normals[0]
+    return abs(a * x + b * y + c * z), normals
 
 
 def checked_volume(crystal: Crystal) -> float:
@@ -113,10 +123,23 @@ def checked_volume(crystal: Crystal) -> float:
         if not np.abs(values).max() <= MAX_LENGTH:  # also true for NaN
             raise CrystalError(f"expected lattice vectors [A] and fractional positions up to {MAX_LENGTH:g} in size, "
                                f"found {values[~(np.abs(values) <= MAX_LENGTH)][:3].tolist()}")
-    volume = _volume(crystal.lattice)
+    volume, normals = _normals(crystal.lattice)
     if volume < MIN_VOLUME_PER_SITE * n:
         raise CrystalError(f"volume: expected at least {MIN_VOLUME_PER_SITE} A^3 per atom, found {volume / n:.3g}")
+    if any(x * x + y * y + z * z > (volume / MIN_DISTANCE) ** 2 for x, y, z in normals):
+        _check_translations(crystal.lattice)
     return volume
+
+
+def _check_translations(lattice: np.ndarray) -> None:
+    """Reject a lattice with a vector shorter than MIN_DISTANCE, which puts an atom on top of its own image.
+
+    Impossible where all lattice planes are at least MIN_DISTANCE apart; here sums of up to two of each cell vector
+    are tried.
+    """
+    shortest = np.linalg.norm(_SUMS @ lattice, axis=1).min()
+    if shortest < MIN_DISTANCE:
+        raise CrystalError(f"lattice: expected translations of at least {MIN_DISTANCE} A, found {shortest:.3g} A")
 
 
 def check_distances(crystal: Crystal, sites: list[int]) -> None:
@@ -127,18 +150,28 @@ def check_distances(crystal: Crystal, sites: list[int]) -> None:
     Raises:
         CrystalError: overlapping atoms.
     """
-    positions = crystal.positions
-    n = len(positions)
+    volume, normals = _normals(crystal.lattice)
+    areas = [x * x + y * y + z * z for x, y, z in normals]
+    smallest = min(areas)  # its lattice planes are the farthest apart
+    reach = MIN_DISTANCE * smallest**0.5 / volume
+    along = crystal.positions[:, areas.index(smallest)]
     for start in range(0, len(sites), 256):
         rows = np.array(sites[start : start + 256])
-        difference = (positions[rows, None] - positions).reshape(-1, 3)
+        difference = along[rows, None] - along
         difference -= np.rint(difference)
-        cartesian = difference @ crystal.lattice
-        squared = np.einsum("ij,ij->i", cartesian, cartesian)
-        squared[rows + n * np.arange(len(rows))] = np.inf  # an atom and itself
-        if squared.min() < MIN_DISTANCE**2:
-            i, j = divmod(int(squared.argmin()), n)
-            raise CrystalError(
-                f"overlapping atoms: expected at least {MIN_DISTANCE} A between atoms, found "
-                f"{squared.min() ** 0.5:.3f} A between numbers {rows[i] + 1} and {j + 1}"
-            )
+        first, second = np.nonzero(np.abs(difference, out=difference) < reach)
+        first = rows[first]
+        distances = _distances(crystal, first, second)
+        distances[first == second] = np.inf
+        if distances.min() < MIN_DISTANCE:
+            k = distances.argmin()
+            raise CrystalError(f"overlapping atoms: expected at least {MIN_DISTANCE} A between atoms, found "
+                               f"{distances[k]:.3f} A between numbers {first[k] + 1} and {second[k] + 1}")
+
+
+def _distances(crystal: Crystal, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distances [A] between pairs of atoms, each to the image nearest in fractional coordinates."""
+    difference = crystal.positions[first] - crystal.positions[second]
+    difference -= np.rint(difference)
+    cartesian = difference @ crystal.lattice
+    return np.sqrt(np.einsum("ij,ij->i", cartesian, cartesian))

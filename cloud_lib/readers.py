@@ -22,6 +22,7 @@ from cloud_lib.elements import NUMBERS
 Entry = tuple[str, Crystal | CrystalError]
 
 MERGE_DISTANCE = 0.2  # [A]; symmetry images of one listed atom that fall closer are one atom
+MAX_OPERATORS = 384  # twice those of an F-centred cubic group
 _OPERATORS = ("_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz",
               "_symmetry_equiv_pos_as_xyz")
 _NAMES = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall", "_space_group_name_H-M_alt",
@@ -253,6 +254,8 @@ def _operators(block: Any) -> tuple[np.ndarray, np.ndarray]:
 def _parse_operators(triplets: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     import gemmi
 
+    if len(triplets) > MAX_OPERATORS:
+        raise CrystalError(f"symmetry operators: expected at most {MAX_OPERATORS}, found {len(triplets)}")
     try:
         operators = [gemmi.Op(triplet) for triplet in triplets]
     except RuntimeError as error:

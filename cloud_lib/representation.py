@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cloud_lib.elements import NUMBERS, RANKS
+from cloud_lib.elements import FORMULA_ORDER, NUMBERS, RANKS
 from cloud_lib.spacegroups import (
     LETTERS, MAX_REPEAT, generator, multiplicities, normalizer_permutations, space_group_of,
 )
@@ -70,11 +70,11 @@ def string(record: SymmetryRecord, style: str = "canonical", generators: str = "
     if style == "site":
         sites = Counter((o.element, o.wyckoff_letter) for o in record.orbits)
         return f"{head} | {_site_field(group, tuple(sorted(sites.items())))} | {composition}"
-    letters = "".join(dict.fromkeys(o.wyckoff_letter for o in record.orbits))
+    letters = "".join(dict.fromkeys([o.wyckoff_letter for o in record.orbits]))
     if style != "paper":
         letters = _smallest_letters(group, "".join(sorted(letters, key=_LETTER_RANK.__getitem__)))
     sizes = multiplicities(group)
-    return f"{head} | {' '.join(f'{sizes[x]}{x}' for x in letters)} | {composition}"
+    return f"{head} | {' '.join([f'{sizes[x]}{x}' for x in letters])} | {composition}"
 
 
 @lru_cache(maxsize=512)
@@ -85,7 +85,7 @@ def _spaced_generator(space_group: int, table: str) -> str:
 def _composition(amounts: dict[str, int], in_file_order: bool) -> str:
     elements = amounts if in_file_order else sorted(amounts, key=RANKS.__getitem__)
     total = sum(amounts.values())
-    return " ".join(f"{e} {_fraction(amounts[e], total)}" for e in elements)
+    return " ".join([f"{e} {_fraction(amounts[e], total)}" for e in elements])
 
 
 @lru_cache(maxsize=100_000)
@@ -97,28 +97,32 @@ def _fraction(amount: int, total: int) -> str:
 @lru_cache(maxsize=100_000)
 def _smallest_letters(space_group: int, letters: str) -> str:
     """The smallest of the equivalent letter sets, its letters in order."""
-    indices = [_LETTER_RANK[x] for x in letters]
-    images = (sorted(_LETTER_RANK[p[i]] for i in indices) for p in normalizer_permutations(space_group))
-    return "".join(LETTERS[i] for i in min(images))
+    images = np.sort(_permutation_array(space_group)[:, [_LETTER_RANK[x] for x in letters]], axis=1)
+    return "".join(LETTERS[i] for i in min(images.tolist()))
+
+
+@lru_cache(maxsize=230)
+def _permutation_array(space_group: int) -> np.ndarray:
+    """(n_permutations, n_letters) numbers of the image letters."""
+    permutations = normalizer_permutations(space_group)
+    return np.array([[_LETTER_RANK[x] for x in p] for p in permutations], dtype=np.int64)
 
 
 @lru_cache(maxsize=100_000)
 def _site_field(space_group: int, sites: tuple[tuple[tuple[str, str], int], ...]) -> str:
     """Field for ((element, letter), number of orbits) pairs, smallest over the normalizer."""
-    coded = [(RANKS[element], _LETTER_RANK[letter], n) for (element, letter), n in sites]
-    images = (
-        sorted((rank, _LETTER_RANK[p[i]], n) for rank, i, n in coded)
-        for p in normalizer_permutations(space_group)
-    )
-    names = {RANKS[element]: element for (element, _), _ in sites}
-    sizes = multiplicities(space_group)
+    ranks = np.array([RANKS[element] for (element, _), _ in sites])
+    counts = np.array([n for _, n in sites])
+    images = _permutation_array(space_group)[:, [_LETTER_RANK[letter] for (_, letter), _ in sites]]
+    codes = np.sort((ranks * len(LETTERS) + images) * 2**32 + counts, axis=1)  # element, then letter, then count
     words, last = [], None
-    for rank, index, n in min(images):
+    sizes = multiplicities(space_group)
+    for code in min(codes.tolist()):
+        rank, index = divmod(code >> 32, len(LETTERS))
         if rank != last:
-            words.append(names[rank])
+            words.append(FORMULA_ORDER[rank])
             last = rank
-        letter = LETTERS[index]
-        words += _repeated(f"{sizes[letter]}{letter}", n)
+        words += _repeated(f"{sizes[LETTERS[index]]}{LETTERS[index]}", code & (2**32 - 1))
     return " ".join(words)
 
 

@@ -104,6 +104,8 @@ BAD = {
                                     for n in ("Ba", "Ti", "O")]},
     "volume: expected at least 0.5 A^3 per atom, found 0": {"lattice_vectors": [[1, 0, 0], [2, 0, 0], [0, 0, 1]]},
     "up to 10000 in size, found [nan]": {"lattice_vectors": [[float("nan"), 0, 0], [0, 4, 0], [0, 0, 4]]},
+    "lattice: expected translations of at least 0.5 A, found 0.1 A": {
+        "lattice_vectors": [[0.1, 0, 0], [0, 40, 0], [0, 0, 40]]},
     "up to 10000 in size, found [inf]": {"lattice_vectors": [[float("inf"), 0, 0], [0, 4, 0], [0, 0, 4]]},
     "found 0.000 A between numbers 1 and 2": {"cartesian_site_positions": [[0, 0, 0]] * 2 + [[2, 0, 0], [0, 2, 0],
                                                                                            [0, 0, 2]]},
