@@ -25,7 +25,8 @@ def save(folder: Path, step: int, state: dict[str, Any], identity: dict[str, Any
     with io.atomic_path(folder / f"step_{step:08d}") as target:
         target.mkdir()
         torch.save(state, target / "state.pt")
-        io.write_json(target / "meta.json", {"step": step, "sha256": io.sha256(target / "state.pt")} | identity)
+        stamp = {"step": step, "sha256": io.sha256(target / "state.pt")}
+        io.write_json(target / "meta.json", stamp | identity)
     for old in _found(folder)[keep_last:]:
         shutil.rmtree(old)
     return folder / f"step_{step:08d}"

@@ -25,7 +25,8 @@ KEEP, RANDOM, EVALUATION = 0.1, 0.1, 2**31  # shares of the masked tokens; strea
 
 # --------------------------------------------------------------------------------------------- on disk
 def pack(tokens: np.ndarray, offsets: np.ndarray, out_dir: str | os.PathLike, meta: dict[str, Any],
-         labels: dict[str, np.ndarray] | None = None, material_id: Sequence[str] | None = None) -> "PackedTokens":
+         labels: dict[str, np.ndarray] | None = None,
+         material_id: Sequence[str] | None = None) -> "PackedTokens":
     """Write a data folder atomically and open it.
 
     Args:
@@ -72,8 +73,9 @@ def _check_arrays(tokens: np.ndarray, offsets: np.ndarray, meta: dict[str, Any])
         raise ValueError(f"expected [CLS] ... [SEP] in every string, {len(short)} of {len(offsets) - 1} have "
                          f"fewer than 2 tokens, e.g. rows {short[:3].tolist()}")
     if len(meta["part_of_id"]) != meta["vocab_size"] or int(tokens.max()) >= meta["vocab_size"]:
-        raise ValueError(f"expected token ids and part_of_id for vocab_size {meta['vocab_size']}, found largest "
-                         f"id {int(tokens.max())} and {len(meta['part_of_id'])} parts; pack with the tokenizer's meta")
+        raise ValueError(f"expected token ids and part_of_id for vocab_size {meta['vocab_size']}, found "
+                         f"largest id {int(tokens.max())} and {len(meta['part_of_id'])} parts; take meta "
+                         "from the tokenizer")
 
 
 def _checked_labels(labels: dict[str, np.ndarray] | None, n: int) -> dict[str, np.ndarray] | None:
@@ -143,7 +145,8 @@ class PackedTokens:
         """
         file = self.path / "labels.npz"
         if not file.is_file():
-            raise FileNotFoundError(f"expected a task's labels in {file}, found none; give a folder under tasks/")
+            raise FileNotFoundError(f"expected a task's labels in {file}, found none; give a folder under "
+                                    "tasks/")
         try:
             with open(file, "rb") as handle, np.load(handle) as stored:
                 return {key: stored[key] for key in LABEL_KEYS}
@@ -160,9 +163,10 @@ class PackedTokens:
         long = np.flatnonzero(self.lengths > max_positions)
         if len(long):
             raise ValueError(
-                f"{len(long)} of {len(self)} strings in {self.path} have more than max_positions = {max_positions} "
-                f"tokens, e.g. rows {long[:3].tolist()} with {self.lengths[long[:3]].tolist()}; raise "
-                f"max_positions to {int(self.lengths.max())} or reject them during curation")
+                f"{len(long)} of {len(self)} strings in {self.path} have more than max_positions = "
+                f"{max_positions} tokens, e.g. rows {long[:3].tolist()} with "
+                f"{self.lengths[long[:3]].tolist()}; raise max_positions to "
+                f"{int(self.lengths.max())} or reject them during curation")
 
 
 # --------------------------------------------------------------------------------------- rows of a step
@@ -179,8 +183,9 @@ def split_rows(packed: PackedTokens, val_fraction: float, seed: int) -> tuple[np
     is_val[order[:round(val_fraction * n_groups)]] = True
     rows = is_val[groups]
     if not 0 < rows.sum() < len(rows):
-        raise ValueError(f"expected training and validation rows, found {int((~rows).sum())} and {int(rows.sum())} "
-                         f"of {len(packed)} at val_fraction {val_fraction}; change it or add data")
+        raise ValueError(f"expected training and validation rows, found {int((~rows).sum())} and "
+                         f"{int(rows.sum())} of {len(packed)} at val_fraction {val_fraction}; change it "
+                         "or add data")
     return np.flatnonzero(~rows), np.flatnonzero(rows)
 
 
@@ -261,7 +266,8 @@ def mask_batch(batch: Batch, meta: dict[str, Any], mask_prob: float, seed: Seque
     labels, kind = batch.input_ids[masked], kind[masked]
     random_ids = rng.integers(meta["n_special"], meta["vocab_size"], len(masked))
     input_ids = batch.input_ids.copy()
-    input_ids[masked] = np.where(kind < KEEP, labels, np.where(kind < KEEP + RANDOM, random_ids, meta["mask_id"]))
+    changed = np.where(kind < KEEP + RANDOM, random_ids, meta["mask_id"])
+    input_ids[masked] = np.where(kind < KEEP, labels, changed)
     return batch._replace(input_ids=input_ids, masked=masked, labels=labels)
 
 
@@ -312,8 +318,8 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
     """What guessing by frequency reaches on masked tokens: the bar that a language model has to clear.
 
     "unigram": frequencies of the training tokens; "position": frequencies at the same position of a string,
-    smoothed with the unigram. Returns {name: {"loss" [nats], "accuracy", "accuracy_by_part"}}; special tokens are
-    never predicted.
+    smoothed with the unigram; special tokens are never predicted. Returns {name: {"loss" [nats], "accuracy",
+    "accuracy_by_part"}}.
     """
     vocab_size, n_special = packed.meta["vocab_size"], packed.meta["n_special"]
     counts = np.zeros((packed.meta["max_length"], vocab_size))
@@ -330,9 +336,10 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
         labels.append(batch.labels)
         positions.append(batch.position_ids()[batch.masked])
     label, position = np.concatenate(labels), np.concatenate(positions)
+    part = np.asarray(packed.meta["part_of_id"])[label]
     scores = {"unigram": np.broadcast_to(unigram, counts.shape), "position": by_position}
     return {name: {"loss": float(-np.log(p[position, label]).mean()),
-                   **_accuracies(p.argmax(1)[position] == label, np.asarray(packed.meta["part_of_id"])[label])}
+                   **_accuracies(p.argmax(1)[position] == label, part)}
             for name, p in scores.items()}
 
 

@@ -93,8 +93,8 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
         SystemExit: SIGTERM came; everything is saved (status 143).
     """
     start, best = _resume(model, plan.optimizer, out_dir, identity)
-    journal = runtime.Journal(out_dir, run, start, plan.n_steps, models.encoder_size(model), plan.run.progress,
-                              plan.run.tensorboard, plan.run.wandb_project)
+    journal = runtime.Journal(out_dir, run, start, plan.n_steps, models.encoder_size(model),
+                              plan.run.progress, plan.run.tensorboard, plan.run.wandb_project)
     data = runtime.Prefetch(lambda step: plan.prepare(step, run.token_budget(plan.run.token_budget)), start,
                             plan.n_steps)
     began = time.perf_counter() - best.elapsed_s
@@ -106,7 +106,7 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
                 with journal.paused():
                     _note(best, step, plan.evaluate(), model, journal)
             best.last_step, best.elapsed_s = step, time.perf_counter() - began
-            if step == plan.n_steps or (plan.patience is not None and best.evaluations_since >= plan.patience):
+            if step == plan.n_steps or best.evaluations_since >= (plan.patience or math.inf):
                 break
             if step > start and (run.world_size == 1 or step % plan.run.log_every == 0):
                 stop = run.should_stop()
@@ -128,8 +128,8 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
             if run.exact_logging or (step + 1) % plan.run.log_every == 0 or step + 1 == plan.n_steps:
                 _check_finite(losses, step + 1, plan, run, out_dir)
             if (step + 1) % plan.run.log_every == 0 or step + 1 == plan.n_steps:
-                mean = run.sum(torch.stack(losses).double().mean().cpu().numpy())
-                journal.train(step + 1, float(mean), plan.optimizer.param_groups[-1]["lr"], data.take_wait_s())
+                mean = float(run.sum(torch.stack(losses).double().mean().cpu().numpy()))
+                journal.train(step + 1, mean, plan.optimizer.param_groups[-1]["lr"], data.take_wait_s())
                 losses = []
     finally:
         data.close()
@@ -209,8 +209,9 @@ def _check_finite(losses: list[Tensor], step: int, plan: Plan, run: runtime.Run,
     rows = plan.prepare(at, run.token_budget(plan.run.token_budget)).rows
     good = max((path.name for path in (out_dir / "checkpoints").glob("step_*")), default="none")
     raise FloatingPointError(
-        f"expected a finite loss, found {values[at - step + len(losses)]} at step {at} (batch of {len(rows)} rows, "
-        f'e.g. {rows[:3].tolist()}); last good checkpoint: {good}. Lower lr, or set clip or precision="fp32"')
+        f"expected a finite loss, found {values[at - step + len(losses)]} at step {at} (batch of {len(rows)} "
+        f'rows, e.g. {rows[:3].tolist()}); last good checkpoint: {good}. Lower lr, or set clip or '
+        'precision="fp32"')
 
 
 def _due(how: RunConfig, step: int, saved: float) -> bool:
@@ -229,8 +230,8 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, out_dir: Path,
     return step, Best(**state["best"])
 
 
-def _save(best: Best, model: nn.Module, optimizer: torch.optim.Optimizer, out_dir: Path, identity: dict[str, Any],
-          keep_last: int, run: runtime.Run) -> None:
+def _save(best: Best, model: nn.Module, optimizer: torch.optim.Optimizer, out_dir: Path,
+          identity: dict[str, Any], keep_last: int, run: runtime.Run) -> None:
     if run.rank == 0:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": vars(best)}
         checkpoint.save(out_dir / "checkpoints", best.last_step, state, identity, keep_last)

@@ -1,9 +1,9 @@
 """The encoder: transformers' BERT weights, evaluated on packed tokens without padding.
 
-Linear layers, layer norms and GELU see one (n_tokens, width) array; attention alone needs to know where the
-strings begin and end. A batch is sorted by length, so it is a few runs of equal length: each run is one dense
-attention call without mask and without a padded token. On CUDA in half precision one variable-length kernel does
-all runs. The outputs are those of the padded transformers model on the same weights (tests/test_model.py).
+Linear layers, layer norms and GELU, over 95 % of the work, see one (n_tokens, width) array. Attention alone
+needs to know where the strings begin and end: in bfloat16 on CUDA one variable-length kernel does it;
+elsewhere queries, keys and values are spread over (strings, longest) with a mask for that one step. The
+outputs are those of the padded transformers model on the same weights (tests/test_model.py).
 """
 
 import contextlib
@@ -87,8 +87,9 @@ class Packed(NamedTuple):
     masked: Tensor         # (M,) int64, places among the N tokens where a loss is taken
     labels: Tensor         # (M,) int64, true ids there
     target: Tensor         # (B,) float32, z-scored; empty in pre-training
-    runs: tuple[tuple[int, int], ...] | None  # (strings, length) of each run of equal length; None = varlen kernel
-    longest: int           # upper bound of the lengths
+    longest: int           # largest length; with the variable-length kernel an upper bound
+    place: Tensor | None   # (N,) int64, place of each token in (B, longest); None = variable-length kernel
+    mask: Tensor | None    # (B, 1, 1, longest) float, -inf where there is no token; None = all equally long
 
     @classmethod
     def of(cls, batch: Any, device: torch.device | str = "cpu", varlen: bool = False,
@@ -104,14 +105,21 @@ class Packed(NamedTuple):
         starts = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
         target = np.empty(0, np.float32) if target is None else target.astype(np.float32)
         arrays = (batch.input_ids, batch.position_ids(), starts, batch.masked, batch.labels, target)
-        tensors = [_to_device(torch.from_numpy(array), torch.device(device)) for array in arrays]
-        length, count = np.unique(batch.lengths, return_counts=True)
-        runs = None if varlen else tuple(zip(count.tolist(), length.tolist()))
-        return cls(*tensors, runs, 64 * -(-int(length[-1]) // 64))  # few values, so that torch.compile compiles once
+        tensors = [_to_device(array, device) for array in arrays]
+        longest = int(batch.lengths[-1])
+        if varlen:  # few values of `longest`, so that torch.compile compiles once
+            return cls(*tensors, 64 * -(-longest // 64), None, None)
+        inside = np.arange(longest) < batch.lengths[:, None]
+        place = _to_device(np.flatnonzero(inside), device)
+        bias = np.where(inside, 0, -np.inf).astype(np.float32)[:, None, None]
+        return cls(*tensors, longest, place, None if inside.all() else _to_device(bias, device))
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def encode(bert: BertModel, batch: Packed) -> Tensor:
@@ -123,8 +131,10 @@ def encode(bert: BertModel, batch: Packed) -> Tensor:
 
 
 def encode_cls(bert: BertModel, batch: Packed) -> Tensor:
-    """Last hidden state of every string's [CLS], (B, width): encode(...)[starts], but the last layer only reads
-    the other tokens instead of also updating them."""
+    """Last hidden state of every string's [CLS], (B, width).
+
+    The same as encode(...) there, but the last layer does not update the tokens that nobody reads afterwards.
+    """
     x = embed(bert, batch)
     for layer in bert.encoder.layer[:-1]:
         x = _apply(layer, x, x, batch)
@@ -153,22 +163,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed) -> Tensor:
     Returns (N or B, heads * head_dim).
     """
     n_strings, one_each = len(batch.starts) - 1, len(q) < len(k)
-    if batch.runs is None:
+    if batch.place is None:
         starts = torch.arange(n_strings + 1, dtype=torch.int32, device=q.device) if one_each else batch.starts
-        return varlen_attn(q, k, v, starts, batch.starts, 1 if one_each else batch.longest, batch.longest).flatten(1)
-    tokens = [count * length for count, length in batch.runs]
-    asking = [count for count, _ in batch.runs] if one_each else tokens
-    parts = zip(q.split(asking), k.split(tokens), v.split(tokens), batch.runs)
-    return torch.cat([_attend_run(*qkv, count) for *qkv, (count, _) in parts])
+        longest = 1 if one_each else batch.longest
+        return varlen_attn(q, k, v, starts, batch.starts, longest, batch.longest).flatten(1)
+    q = q[:, :, None] if one_each else _spread(q, batch)
+    out = _attend_padded(q, _spread(k, batch), _spread(v, batch), batch.mask)
+    out = out.transpose(1, 2).flatten(0, 1).flatten(1)
+    return out if one_each else out.index_select(0, batch.place)
 
 
-def _attend_run(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
-    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13's fused backward is 8 times slower there
-        out = torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).softmax(-1), v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(0, 1).flatten(1)
+def _spread(x: Tensor, batch: Packed) -> Tensor:
+    """(N, heads, head_dim) -> (B, heads, longest, head_dim), zero where there is no token."""
+    n_strings = len(batch.starts) - 1
+    out = x.new_zeros(n_strings * batch.longest, *x.shape[1:]).index_copy(0, batch.place, x)
+    return out.unflatten(0, (n_strings, batch.longest)).transpose(1, 2)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    mask = None if mask is None else mask.to(q.dtype)
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))  # torch 2.13's fused backward is
+    return torch.matmul((scores if mask is None else scores + mask).softmax(-1), v)  # 8 times slower here
 
 
 class MaskedLM(nn.Module):
@@ -190,9 +207,10 @@ class MaskedLM(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Encoder and a head on [CLS]: dropout, `n_hidden` layers with SiLU, one linear output (z-scored target)."""
+    """Encoder and a head on [CLS]: dropout, `n_hidden` layers with SiLU, one linear output (z-scored)."""
 
-    def __init__(self, bert: BertModel, n_hidden: int = 1, hidden_width: int | None = None, dropout: float = 0.1):
+    def __init__(self, bert: BertModel, n_hidden: int = 1, hidden_width: int | None = None,
+                 dropout: float = 0.1):
         super().__init__()
         if n_hidden < 0:
             raise ValueError(f"expected n_hidden >= 0, found {n_hidden}")
@@ -208,7 +226,7 @@ class Regressor(nn.Module):
     def forward(self, batch: Packed) -> Tensor:
         """Predicted z-scored target, (B,)."""
         cls = encode_cls(self.bert, batch)
-        with torch.autocast(cls.device.type, enabled=False):  # bfloat16 would round the prediction to 3 digits
+        with torch.autocast(cls.device.type, enabled=False):  # bfloat16 would leave the prediction 3 digits
             return self.head(cls.float())[:, 0]
 
 
@@ -291,17 +309,19 @@ def load_encoder(source: str, vocab_sha256: str | None = None, vocab_size: int |
         return crop_vocab(bert, vocab_size) if vocab_size else bert
     path = Path(source)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"expected a model folder at {source}, found none; run the pre-training first, "
-                                'or say init="scratch"')
+        raise FileNotFoundError(f"expected a model folder at {source}, found none; run the pre-training "
+                                'first, or say init="scratch"')
     meta = io.read_json(path / META_FILE) if (path / META_FILE).is_file() else {}
     found = meta.get("vocab_sha256")
     if vocab_sha256 and found and found != vocab_sha256:
-        raise ValueError(f"expected a model with the data's vocabulary {vocab_sha256[:12]}, found {found[:12]} "
-                         f"({meta.get('vocab_version')}) in {source}; pre-train on strings of this vocabulary")
+        raise ValueError(f"expected a model with the data's vocabulary {vocab_sha256[:12]}, found "
+                         f"{found[:12]} ({meta.get('vocab_version')}) in {source}; pre-train on the "
+                         "data's own")
     try:
         bert = _read_encoder(path)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"expected readable weights in {source}, found damage: {error}; run it again") from error
+        raise ValueError(f"expected readable weights in {source}, found damage: {error}; delete the run and "
+                         "train again") from error
     return crop_vocab(bert, vocab_size) if vocab_size and not found else bert
 
 
@@ -324,7 +344,8 @@ def crop_vocab(bert: BertModel, vocab_size: int) -> BertModel:
     """
     rows = bert.config.vocab_size
     if rows < vocab_size:
-        raise ValueError(f"expected at least {vocab_size} embedding rows, found {rows}; use the model's tokenizer")
+        raise ValueError(f"expected at least {vocab_size} embedding rows, found {rows}; use the model's own "
+                         "tokenizer")
     if rows > vocab_size:
         bert.resize_token_embeddings(vocab_size)
     return bert
@@ -352,7 +373,8 @@ def weights_sha256(model_dir: str | os.PathLike) -> str:
     Raises:
         FileNotFoundError: there are none.
     """
-    files = sorted(Path(model_dir).glob("model*.safetensors")) + sorted(Path(model_dir).glob("pytorch_model*.bin"))
+    files = [file for pattern in ("model*.safetensors", "pytorch_model*.bin")
+             for file in sorted(Path(model_dir).glob(pattern))]
     if not files:
         raise FileNotFoundError(f"expected weights in {model_dir}, found none; run the pre-training first")
     return io.sha256(files[0])
@@ -365,5 +387,6 @@ def with_vocab(config: EncoderConfig, vocab_size: int) -> EncoderConfig:
         ValueError: it already names another size.
     """
     if config.vocab_size not in (None, vocab_size):
-        raise ValueError(f"expected vocab_size {vocab_size} as in the data, found {config.vocab_size}; leave it None")
+        raise ValueError(f"expected vocab_size {vocab_size} as in the data, found {config.vocab_size}; "
+                         "leave it None")
     return dataclasses.replace(config, vocab_size=vocab_size)

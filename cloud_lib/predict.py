@@ -21,7 +21,7 @@ def predict(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "a
 
     Args:
         model_dir: <out_dir>/model of a fine-tuning unit.
-        precision: "auto" uses bfloat16 where it is fast (the head always computes in float32); "fp32" is exact.
+        precision: "auto" is bfloat16 where that is fast (the head is always float32); "fp32" is exact.
     Raises:
         FileNotFoundError: no such model.
         ValueError: the strings have another vocabulary, or are longer than the model's positions.
@@ -45,8 +45,8 @@ def predict_ensemble(model_dirs: Sequence[str | os.PathLike], packed: PackedToke
     return each.mean(0), each.std(0)
 
 
-def embeddings(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "auto", precision: str = "auto",
-               token_budget: int = TOKEN_BUDGET) -> np.ndarray:
+def embeddings(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "auto",
+               precision: str = "auto", token_budget: int = TOKEN_BUDGET) -> np.ndarray:
     """[CLS] hidden states of a pre-trained or fine-tuned encoder, float32 (n, width).
 
     Raises: as `predict`.
@@ -64,15 +64,16 @@ def attention(model_dir: str | os.PathLike, token_ids: Sequence[int]) -> np.ndar
     """
     bert = models.load_encoder(str(model_dir)).eval()
     if not 0 < len(token_ids) <= bert.config.max_position_embeddings:
-        raise ValueError(f"expected 1 to {bert.config.max_position_embeddings} tokens, found {len(token_ids)}")
+        raise ValueError(f"expected 1 to {bert.config.max_position_embeddings} tokens, found {len(token_ids)}"
+                         "; give the ids of one string")
     bert.set_attn_implementation("eager")
     with torch.inference_mode():
         layers = bert(torch.tensor([list(map(int, token_ids))]), output_attentions=True).attentions
     return torch.cat(layers).numpy()
 
 
-def _forward(module: nn.Module, call: Callable[[Packed], Tensor], packed: PackedTokens, device: str, precision: str,
-             token_budget: int) -> np.ndarray:
+def _forward(module: nn.Module, call: Callable[[Packed], Tensor], packed: PackedTokens, device: str,
+             precision: str, token_budget: int) -> np.ndarray:
     """call(batch) for all strings, sorted by length so that a batch has few different lengths; (n, ...)."""
     chosen = runtime.choose_device(device)
     run = runtime.Run(chosen, runtime.choose_precision(precision, chosen))
@@ -94,12 +95,13 @@ def _meta(model_dir: str | os.PathLike) -> dict:
     return io.read_json(file) if file.is_file() else {}
 
 
-def _require_fit(packed: PackedTokens, meta: dict, bert: models.BertModel, model_dir: str | os.PathLike) -> None:
+def _require_fit(packed: PackedTokens, meta: dict, bert: models.BertModel,
+                 model_dir: str | os.PathLike) -> None:
     packed.require_length(bert.config.max_position_embeddings)
     expected, found = meta.get("vocab_sha256"), packed.meta["vocab_sha256"]
     if expected and expected != found:
-        raise ValueError(f"expected strings with the model's vocabulary {expected[:12]}, found {found[:12]}; pack "
-                         f"them with the tokenizer in {model_dir}")
+        raise ValueError(f"expected strings with the model's vocabulary {expected[:12]}, found {found[:12]}; "
+                         f"pack them with the tokenizer in {model_dir}")
     if "style" in meta and meta["style"] != packed.meta["style"]:
         raise ValueError(f'expected strings of style "{meta["style"]}" as in training, found '
                          f'"{packed.meta["style"]}"; make them in the model\'s style')

@@ -1,4 +1,4 @@
-"""What the training loops share around the mathematics: device and processes, optimizer, schedule, logging."""
+"""What surrounds the training loop: device and processes, optimizer, schedule, prefetching, logging."""
 
 import contextlib
 import fcntl
@@ -94,7 +94,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f'expected a GPU for device="{name}", found none; say device="auto" or "cpu"')
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    local = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""
+    return torch.device(name + local)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -153,8 +154,8 @@ def _locked(out_dir: Path) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise OSError(error.errno, f"another process is training in {out_dir}; wait for it or end it") \
-                        from error
+                    raise OSError(error.errno, f"another process is training in {out_dir}; wait for it or "
+                                               "end it") from error
                 time.sleep(0.2)
         yield
 
@@ -275,12 +276,13 @@ class Journal:
         self.paused_s += time.perf_counter() - started
 
     def train(self, step: int, loss: float, lr: float, wait_s: float) -> None:
-        """Row of the steps since the last one; `loss` is their mean, `wait_s` their time spent waiting for data."""
+        """Row of the steps since the last one: their mean `loss`, and `wait_s` that they waited for data."""
         seconds = max(time.perf_counter() - self.started - self.paused_s, 1e-9)
         tokens_per_s = self.tokens / seconds
         mfu = 6 * self.n_params * tokens_per_s / (self.peak * self.run.world_size) if self.peak else None
-        self.row({"step": step, "split": "train", "loss": loss, "lr": lr, "crystals_per_s": self.strings / seconds,
-                  "tokens_per_s": tokens_per_s, "mfu": mfu, "data_wait_share": wait_s / seconds,
+        self.row({"step": step, "split": "train", "loss": loss, "lr": lr,
+                  "crystals_per_s": self.strings / seconds, "tokens_per_s": tokens_per_s, "mfu": mfu,
+                  "data_wait_share": wait_s / seconds,
                   "eta_s": (self.n_steps - step) * seconds / max(1, self.steps)})
         self._begin()
 
@@ -290,7 +292,7 @@ class Journal:
             return
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
-        shown = {key: f"{row[key]:.4g}" for key in ("loss", "crystals_per_s", "mfu") if row.get(key) is not None}
+        shown = {key: f"{row[key]:.4g}" for key in ("loss", "crystals_per_s", "mfu") if row.get(key)}
         self.bar.set_postfix(shown | {"split": row["split"]}, refresh=False)
         for write in self.writers:
             write(row)
@@ -317,7 +319,7 @@ def _cut(file: Path, start: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        kept += [line] if row["step"] < start or (row["step"] == start and row["split"] == "train") else []
+        kept += [line] if row["step"] <= start else []
     file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 

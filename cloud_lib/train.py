@@ -1,7 +1,7 @@
 """Pre-training and fine-tuning.
 
 The same call trains on a CPU, one GPU or several (`launch`, or `torchrun -m cloud_lib.train UNIT.json`).
-Batches, masks and dropout are functions of (seed, step), so a run that was stopped anywhere continues exactly.
+Batches, masks and dropout are functions of (seed, step): a run that was stopped anywhere continues exactly.
 """
 
 import csv
@@ -87,10 +87,12 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """
     names = [item.name for item in dataclasses.fields(cls)]
     if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"expected settings of {cls.__name__}, found unknown {unknown[:3]}; choose from {names}")
+        raise ValueError(f"expected settings of {cls.__name__}, found unknown {unknown[:3]}; choose from "
+                         f"{names}")
     nested = {"encoder": EncoderConfig, "run": RunConfig}
-    return cls(**{name: from_dict(nested[name], value) if name in nested and isinstance(value, dict) else value
-                  for name, value in values.items()})
+    inner = {name: from_dict(kind, values[name]) for name, kind in nested.items()
+             if isinstance(values.get(name), dict)}
+    return cls(**values | inner)
 
 
 # ------------------------------------------------------------------------------------------- pre-training
@@ -98,8 +100,8 @@ def pretrain(config: PretrainConfig, data_dir: str | os.PathLike, out_dir: str |
              restart: bool = False) -> dict[str, Any]:
     """Pre-train one masked language model, or continue, or return the result of the finished run.
 
-    Writes out_dir/{model/, checkpoints/, log.jsonl, result.json}; the model is the one with the best validation
-    loss. Losses are in nats per masked token.
+    Writes out_dir/{model/, checkpoints/, log.jsonl, result.json}; the model is the one with the best
+    validation loss. Losses are in nats per masked token.
 
     Args:
         restart: replace a run of other settings or data in out_dir instead of refusing.
@@ -122,8 +124,8 @@ def pretrain(config: PretrainConfig, data_dir: str | os.PathLike, out_dir: str |
             model = MaskedLM(config.encoder).to(run.device)
 
         def prepare_step(step: int, budget: int) -> Prepared:
-            batch = dataset.training_batch(packed, train_rows, config.batch_size, config.mask_prob, config.seed,
-                                           step)
+            batch = dataset.training_batch(packed, train_rows, config.batch_size, config.mask_prob,
+                                           config.seed, step)
             return prepare(batch, max(1, len(batch.masked)), budget, run)
 
         def evaluate(rows: np.ndarray) -> dict[str, Any]:
@@ -158,10 +160,10 @@ def evaluate_mlm(model: MaskedLM, packed: PackedTokens, rows: np.ndarray, mask_p
     model.train()
     loss, *flat = run.sum(np.array([loss, *counts.ravel()])).tolist()
     masked, right = np.reshape(flat, counts.shape)
-    total = max(1.0, masked.sum())
+    total = max(1.0, float(masked.sum()))
     by_part = {name: right[i] / masked[i] if masked[i] else None for i, name in enumerate(dataset.PARTS) if i}
-    return {"loss": loss / total, "accuracy": right.sum() / total, "accuracy_by_part": io.plain(by_part),
-            "n_masked": int(masked.sum())}
+    return {"loss": loss / total, "accuracy": float(right.sum()) / total,
+            "accuracy_by_part": io.plain(by_part), "n_masked": int(masked.sum())}
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning
@@ -226,21 +228,24 @@ def task_rows(packed: PackedTokens, config: FinetuneConfig) -> dict[str, np.ndar
     missing = np.flatnonzero(~np.isfinite(labels["target"]))
     if len(missing):
         names = packed.material_id()
-        raise ValueError(f"expected a finite target in every row of {packed.path}, {len(missing)} of {n} have none, "
-                         f"e.g. {[names[i] for i in missing[:3]]}; drop these rows when preparing the task")
+        raise ValueError(f"expected a finite target in every row of {packed.path}, {len(missing)} of {n} "
+                         f"have none, e.g. {[names[i] for i in missing[:3]]}; drop these rows when preparing "
+                         "the task")
     folds = sorted(set(labels["fold"][labels["fold"] >= 0].tolist()))
     n_folds = packed.meta.get("n_folds", max(folds, default=-1) + 1)
     if n < n_folds:
         raise ValueError(f"expected at least as many rows as folds ({n_folds}) in {packed.path}, found {n}")
     if config.fold is not None and config.fold not in folds:
-        raise ValueError(f"expected a fold with rows in {packed.path}, found fold {config.fold}; choose from {folds}")
+        raise ValueError(f"expected a fold with rows in {packed.path}, found fold {config.fold}; choose from "
+                         f"{folds}")
     is_test = np.zeros(n, bool) if config.fold is None else labels["fold"] == config.fold
     rest = np.flatnonzero(~is_test)
     groups = dataset.string_groups(packed, rest) if config.grouped else np.arange(len(rest))
     order = np.random.default_rng([config.seed, 1]).permutation(groups.max(initial=-1) + 1)
     in_val = np.isin(groups, order[:max(1, round(config.val_fraction * len(order)))])
     if in_val.all():
-        raise ValueError(f"expected training rows in {packed.path}, found none of {n} outside validation and test")
+        raise ValueError(f"expected training rows in {packed.path}, found none of {n} outside validation and "
+                         "test; lower val_fraction or add data")
     rows = {"train": _subset(rest[~in_val], config.n_train, config.seed), "val": rest[in_val],
             "test": np.flatnonzero(is_test)}
     return {name: np.sort(values) for name, values in rows.items()}
@@ -251,8 +256,8 @@ def _initial_encoder(config: FinetuneConfig, packed: PackedTokens) -> models.Ber
     if config.init != "scratch":
         return models.load_encoder(config.init, meta["vocab_sha256"], meta["vocab_size"])
     if config.encoder is None:
-        raise ValueError('expected encoder=EncoderConfig(...) with init="scratch", found None; name the sizes, or '
-                         "give init the folder of a pre-trained model")
+        raise ValueError('expected encoder=EncoderConfig(...) with init="scratch", found None; name the '
+                         "sizes, or give init the folder of a pre-trained model")
     with models.seeded(config.seed):
         return models.BertModel(models.with_vocab(config.encoder, meta["vocab_size"]).bert_config(),
                                 add_pooling_layer=False)
@@ -263,8 +268,8 @@ def _predict_rows(model: Regressor, packed: PackedTokens, rows: np.ndarray, run:
     out = np.zeros(len(packed))
     model.eval()
     with torch.inference_mode(), run.autocast():
-        batch = dataset.make_batch(packed, rows) if len(rows) else None
-        for piece in dataset.micro_batches(batch, run.token_budget(None), run.rank, run.world_size) if batch else []:
+        batch = dataset.make_batch(packed, rows)
+        for piece in dataset.micro_batches(batch, run.token_budget(None), run.rank, run.world_size):
             out[piece.rows] = model(Packed.of(piece, run.device, run.varlen)).double().cpu().numpy()
     model.train()
     return run.sum(out)[rows]
@@ -282,18 +287,20 @@ def _write_predictions(file: Path, packed: PackedTokens, config: FinetuneConfig,
         writer.writerow(["material_id", "task", "fold", "seed", "split", "row", "target", "prediction"])
         for split, values in predicted.items():
             for i, value in zip(rows[split], values):
-                writer.writerow([names[i], task, "" if config.fold is None else config.fold, config.seed, split,
-                                 labels["row"][i], float(labels["target"][i]), float(value)])
+                writer.writerow([names[i], task, config.fold, config.seed, split, labels["row"][i],
+                                 float(labels["target"][i]), float(value)])
 
 
 # ------------------------------------------------------------------------------------------------ helpers
 def _plan(config: PretrainConfig | FinetuneConfig, model: nn.Module, n_steps: int, *what: Any) -> Plan:
-    """Plan with the settings that both kinds of training share; `what` are prepare, loss, evaluate, evaluate_at
-    and, for fine-tuning, frozen_steps and patience."""
-    tune = isinstance(config, FinetuneConfig)
-    optimizer = runtime.make_optimizer(model, config.lr, config.weight_decay, config.layer_decay if tune else 1.0,
-                                       config.head_lr if tune else None)
-    return Plan(n_steps, *what[:4], optimizer, config.run, config.seed, config.warmup_ratio, config.clip, *what[4:])
+    """Plan with the settings that both kinds of training share.
+
+    `what`: prepare, loss, evaluate, evaluate_at and, for fine-tuning, frozen_steps and patience.
+    """
+    extra = (config.layer_decay, config.head_lr) if isinstance(config, FinetuneConfig) else ()
+    optimizer = runtime.make_optimizer(model, config.lr, config.weight_decay, *extra)
+    return Plan(n_steps, *what[:4], optimizer, config.run, config.seed, config.warmup_ratio, config.clip,
+                *what[4:])
 
 
 def _subset(rows: np.ndarray, n: int | None, seed: int) -> np.ndarray:
@@ -309,8 +316,8 @@ def _subset(rows: np.ndarray, n: int | None, seed: int) -> np.ndarray:
 
 def _n_steps(config: PretrainConfig | FinetuneConfig, n_train: int, run: runtime.Run) -> int:
     if not run.world_size <= config.batch_size <= n_train:
-        raise ValueError(f"expected a batch_size from {run.world_size} (processes) to {n_train} (training rows), "
-                         f"found {config.batch_size}; lower it or add data")
+        raise ValueError(f"expected a batch_size from {run.world_size} (processes) to {n_train} (training "
+                         f"rows), found {config.batch_size}; lower it or add data")
     given = config.n_steps if isinstance(config, PretrainConfig) else None
     return given or max(1, round(config.epochs * n_train / config.batch_size))
 
@@ -325,8 +332,9 @@ def _identity(kind: str, config: PretrainConfig | FinetuneConfig, packed: Packed
             "vocab_sha256": packed.meta["vocab_sha256"]}
 
 
-def _finished(out_dir: Path, identity: dict[str, Any], run: runtime.Run, restart: bool) -> dict[str, Any] | None:
-    """Result of a finished run with this identity; None if it has to be trained (from a checkpoint, if any)."""
+def _finished(out_dir: Path, identity: dict[str, Any], run: runtime.Run,
+              restart: bool) -> dict[str, Any] | None:
+    """Result of a finished run with this identity; None if it has to be trained (on)."""
     file = out_dir / "identity.json"
     if run.rank == 0:
         found = io.read_json(file) if file.is_file() else identity
@@ -340,24 +348,25 @@ def _finished(out_dir: Path, identity: dict[str, Any], run: runtime.Run, restart
 
 
 def _finish(result: dict[str, Any], best: Best, model: MaskedLM | Regressor, packed: PackedTokens,
-            train_rows: np.ndarray, config: PretrainConfig | FinetuneConfig, identity: dict[str, Any], out_dir: Path,
-            run: runtime.Run) -> dict[str, Any]:
+            train_rows: np.ndarray, config: PretrainConfig | FinetuneConfig, identity: dict[str, Any],
+            out_dir: Path, run: runtime.Run) -> dict[str, Any]:
     """Write model/ and result.json (last: it marks the run as finished); checkpoints are no longer needed."""
     n_params, n_seen = models.encoder_size(model), config.batch_size * best.last_step
     result = result | {
         "n_params_non_embedding": n_params, "n_params_total": models.n_params_total(model),
         "n_examples": len(train_rows), "n_examples_seen": n_seen, "epochs": n_seen / len(train_rows),
         "n_tokens_unique": int(packed.lengths[train_rows].sum()), "n_tokens_seen": best.n_tokens,
-        "train_flops": 6 * n_params * best.n_tokens,  # 2 per weight and token forward, 4 backward (Kaplan 2020)
+        "train_flops": 6 * n_params * best.n_tokens,  # 2 forward, 4 backward (Kaplan et al., 2020)
         "n_steps": best.last_step, "best_step": best.step, "wall_time_s": round(best.elapsed_s, 2),
         "seed": config.seed, "style": packed.meta["style"], "config": io.plain(config),
         "config_hash": io.config_hash(identity), "world_size": run.world_size, "precision": run.precision,
-        "threads": torch.get_num_threads(), "device": io.device_name(), "versions": io.versions(),
-        "kind": identity["kind"], "data_sha256": identity["data_sha256"], "vocab_sha256": identity["vocab_sha256"]}
+        "threads": torch.get_num_threads(), "device": io.device_name(), "versions": io.versions()}
+    result |= {key: identity[key] for key in ("kind", "data_sha256", "vocab_sha256")}
     if run.rank == 0:
-        kept = ("kind", "task", "fold", "seed", "target_mean", "target_std", "config_hash", "val_loss", "mae_val")
-        meta = {key: packed.meta[key] for key in dataset.META_KEYS} | {key: result[key] for key in kept
-                                                                       if key in result}
+        kept = {"kind", "task", "fold", "seed", "target_mean", "target_std", "config_hash", "val_loss",
+                "mae_val"}
+        meta = {key: packed.meta[key] for key in dataset.META_KEYS}
+        meta |= {key: value for key, value in result.items() if key in kept}
         models.save_model(model, out_dir / "model", meta, packed.path)
         io.write_json(out_dir / "result.json", result)
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)

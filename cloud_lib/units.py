@@ -1,8 +1,8 @@
 """Training units as processes of their own: many small ones side by side, or one on several GPUs.
 
 A unit is a dictionary {"kind": "pretrain" | "finetune", "config": {...}, "data_dir", "out_dir"} of plain JSON
-values. Workers read units from standard input one after another, so that torch is imported once per worker and
-not once per unit. Nothing here imports torch before a worker starts.
+values. Workers read units from standard input one after another, so that torch is imported once per worker
+and not once per unit. Nothing here imports torch before a worker starts.
 """
 
 import contextlib
@@ -49,19 +49,20 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
             todo.put(i)
     failures: dict[int, str] = {}
     n_processes = min(n_workers, todo.qsize())
-    with tqdm(total=len(units), initial=len(results), desc="units", disable=None if progress else True) as bar, \
-            _workers(n_processes, threads_per_worker) as workers:
-        threads = [threading.Thread(target=_serve, args=(worker, units, todo, results, failures, bar), daemon=True)
-                   for worker in workers]
+    bar = tqdm(total=len(units), initial=len(results), desc="units", disable=None if progress else True)
+    with bar, _workers(n_processes, threads_per_worker) as workers:
+        threads = [threading.Thread(target=_serve, args=(worker, units, todo, results, failures, bar),
+                                    daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():  # a join without limit would not see an interrupt
                 thread.join(0.2)
     if failures:
-        first = "\n".join(f"--- {units[i]['out_dir']}\n{text}" for i, text in sorted(failures.items())[:3])
+        lines = [f"--- {units[i]['out_dir']}\n{text}" for i, text in sorted(failures.items())[:3]]
         raise RuntimeError(f"{len(failures)} of {len(units)} units failed; the last lines of the first "
-                           f"{min(3, len(failures))}:\n{first}\nRun again to retry them; finished units are kept")
+                           f"{len(lines)}:\n" + "\n".join(lines) +
+                           "\nRun again to retry them; finished units are kept")
     return [results[i] for i in range(len(units))]
 
 
@@ -78,15 +79,15 @@ def launch(unit: dict[str, Any], n_processes: int, threads_per_process: int | No
         return found
     file = io.write_json(Path(unit["out_dir"]) / "unit.json", unit)
     threads = threads_per_process or max(1, (os.cpu_count() or 1) // n_processes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes),
-               "-m", "cloud_lib.train", str(file)]
-    child = subprocess.Popen(command, env=_environment(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(n_processes), "-m", "cloud_lib.train", str(file)]
+    child = subprocess.Popen(command, env=_environment(threads), text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
     with _ended(child):
         lines = list(child.stdout)
         if child.wait() != 0:
-            raise RuntimeError(f"training of {unit['out_dir']} with {n_processes} processes ended with status "
-                               f"{child.returncode}; last lines:\n{''.join(lines[-15:])}")
+            raise RuntimeError(f"training of {unit['out_dir']} with {n_processes} processes ended with "
+                               f"status {child.returncode}; last lines:\n{''.join(lines[-15:])}")
     return io.read_json(Path(unit["out_dir"]) / "result.json")
 
 
@@ -120,7 +121,7 @@ def _done(unit: dict[str, Any]) -> dict[str, Any] | None:
 def _environment(threads: int) -> dict[str, str]:
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
 @contextlib.contextmanager
@@ -146,8 +147,8 @@ def _ended(child: subprocess.Popen) -> Iterator[subprocess.Popen]:
         child.stdout.close()
 
 
-def _serve(worker: subprocess.Popen, units: Sequence[dict[str, Any]], todo: queue.Queue, results: dict[int, Any],
-           failures: dict[int, str], bar: tqdm) -> None:
+def _serve(worker: subprocess.Popen, units: Sequence[dict[str, Any]], todo: queue.Queue,
+           results: dict[int, Any], failures: dict[int, str], bar: tqdm) -> None:
     """Give one worker unit after unit until none is left or the worker dies."""
     with contextlib.suppress(queue.Empty):
         while worker.poll() is None:

@@ -17,11 +17,11 @@ TINY = EncoderConfig(n_layers=2, n_heads=2, head_dim=16)
 
 
 def toy(path: Path, n: int = 300, seed: int = 0, labels: bool = False, **meta: Any) -> PackedTokens:
-    """Strings of 8 to 20 tokens that count upwards in steps of 3; the target is the first token's id / 10."""
+    """Strings of 8 to 20 tokens of 12 kinds, each counting upwards in steps of 3; the target tells the kind."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(8, 21, n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    first = rng.integers(0, VOCAB_SIZE - N_SPECIAL, n)
+    first = 5 * rng.integers(0, 12, n)
     tokens = np.concatenate([[1, *(N_SPECIAL + (a + 3 * np.arange(length - 2)) % (VOCAB_SIZE - N_SPECIAL)), 2]
                              for a, length in zip(first, lengths)]).astype(np.uint16)
     values = {"target": first / 10, "fold": np.arange(n) % 5, "row": np.arange(n)} if labels else None
