@@ -20,12 +20,11 @@ NAMES = {"alchembert": "AlchemBERT", "alignn": "ALIGNN", "bowsr_megnet": "BOWSR"
 METRICS = ["F1", "DAF", "precision", "accuracy", "TPR", "TNR", "MAE", "RMSE", "R2"]  # order of Table 6
 
 
-def prepare(data_dir: Path, style: str, symprec: float, max_train_rows: int | None,
-            n_workers: int) -> tuple[pd.DataFrame, dict]:
+def prepare(data_dir: Path, style: str, symprec: float, max_train_rows: int | None, n_workers: int) -> dict:
     """Pack training and test crystals as the task `discovery`, whose only fold is the test set.
 
     Returns:
-        The truth [material_id, e_form_per_atom_dft, e_above_hull_dft] of all test crystals, and what was packed.
+        What the two sets are: their sources, rows, rejects, the share of stable test crystals.
     Raises:
         NotAvailable: energies or structures are not here.
     """
@@ -36,20 +35,21 @@ def prepare(data_dir: Path, style: str, symprec: float, max_train_rows: int | No
     made = curation.prepare_task(frame, data_dir / "tasks", "discovery", symprec, n_workers)
     packed = curation.pack_task(data_dir / "tasks" / "discovery.parquet", style, Tokenizer.default(),
                                 data_dir / "tokens" / "discovery")
-    facts = {"training set": train.attrs["source"], "training rows": len(train), "test set": test.attrs["source"],
-             "test rows": len(test), "test rows (official)": test.attrs.get("rows_official"),
-             "rejects": sum(made["rejects"].values()) + packed["n_without_string"]}
-    return test[["material_id", "e_form_per_atom_dft", "e_above_hull_dft"]], facts
+    return {"training set": train.attrs["source"], "training rows": len(train), "test set": test.attrs["source"],
+            "test rows": len(test), "test rows (official)": test.attrs.get("rows_official"),
+            "rejects": sum(made["rejects"].values()) + packed["n_without_string"],
+            "share of stable test crystals": float((test["e_above_hull_dft"] <= 0).mean())}
 
 
-def with_hull_distances(predictions: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Our predictions (mean over seeds, and the first seed alone) and the published ones, on the rows of `truth`.
+def with_hull_distances(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Our predictions (mean over seeds, and the first seed alone) and the published ones, for all test crystals.
 
     Args:
-        predictions: long table of `experiments.predictions` for the task `discovery`.
+        predictions: long table of `experiments.finetune` for the task `discovery`.
     Raises:
-        ValueError: a prediction names a crystal that `truth` does not have.
+        ValueError: a prediction names a crystal that the test set does not have.
     """
+    truth = discovery.load_test()[["material_id", "e_form_per_atom_dft", "e_above_hull_dft"]]
     test = predictions[predictions["split"] == "test"].rename(columns={"prediction": "e_form_per_atom_pred"})
     if unknown := sorted(set(test["material_id"]) - set(truth["material_id"])):
         raise ValueError(f"{len(unknown)} of {test['material_id'].nunique()} predictions have unknown material_id, "

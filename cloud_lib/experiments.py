@@ -6,7 +6,7 @@ A long table of predictions has the columns `model`, `task`, `fold`, `seed`, `sp
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import pandas as pd
 from cloud_lib import curation, io, metrics, report, sources, units
 from cloud_lib.representation import STYLES, string
 from cloud_lib.sources import matbench
+from cloud_lib.tokenizer import Tokenizer
 
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
 STAGES = ("run", "restore")
-BENCHMARKS = "benchmarks.csv"
 PARTS = ["generator", "wyckoff", "element", "fraction"]  # of a string, in its order
 HYPERPARAMETERS = {  # Table 4's name -> ours
     "pretrain": {"bert_hidden_layers": "n_layers", "bert_attention_heads": "n_heads",
@@ -60,14 +60,11 @@ def prepare_benchmarks(tasks: Sequence[str], out_dir: Path, symprec: float, symp
     found = [_prepare(task, out_dir, symprec_by_task.get(task, symprec), n_workers) for task in paper["task"]]
     columns = ["benchmark", "task", "property", "unit", "rows", "rows_official", "rejects", "folds", "symprec",
                "source", "available"]
-    table = paper.merge(pd.DataFrame(found), on="task", validate="1:1").reindex(columns=columns)
-    with io.atomic_path(out_dir / BENCHMARKS) as temporary:
-        table.to_csv(temporary, index=False)
-    return table
+    return paper.merge(pd.DataFrame(found), on="task", validate="1:1").reindex(columns=columns)
 
 
-def read_benchmarks(out_dir: Path, tasks: Sequence[str], max_rows: int | None = None) -> pd.DataFrame:
-    """The lines of `tasks` in the table that `prepare_benchmarks` wrote, with a column `chosen`.
+def read_benchmarks(file: Path, tasks: Sequence[str], max_rows: int | None = None) -> pd.DataFrame:
+    """The lines of `tasks` in the table of `prepare_benchmarks` that notebook 1 kept, with a column `chosen`.
 
     Args:
         max_rows: tasks with more rows are not chosen; None or 0 = no limit.
@@ -75,9 +72,9 @@ def read_benchmarks(out_dir: Path, tasks: Sequence[str], max_rows: int | None = 
         FileNotFoundError: the tasks were not prepared.
         ValueError: an unknown task.
     """
-    if not (out_dir / BENCHMARKS).is_file():
-        raise FileNotFoundError(f"expected prepared tasks in {out_dir}, found none; run notebook 01_data_curation first")
-    table = pd.read_csv(out_dir / BENCHMARKS)
+    if not file.is_file():
+        raise FileNotFoundError(f"expected the table of tasks {file}, found none; run notebook 01_data_curation first")
+    table = pd.read_csv(file)
     if unknown := sorted(set(tasks) - set(table["task"])):
         raise ValueError(f"expected tasks of {table['task'].tolist()}, found {unknown[:3]}; correct the parameter, or "
                          "add them to notebook 01_data_curation")
@@ -110,20 +107,56 @@ def example_strings(symprec: float = 0.01) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def pack(tables: dict[str, Path], style: str, data_dir: Path, exclude_test_crystals: bool) -> dict[str, Any]:
+    """Packed tokens of the corpus and of every task below `data_dir`/tokens; the counts of each."""
+    tokenizer = Tokenizer.default()
+    exclude = curation.exclusion_keys(tables) if exclude_test_crystals and tables else None
+    packed = {"corpus": curation.pack_corpus(data_dir / "corpus.parquet", style, tokenizer,
+                                             data_dir / "tokens" / "corpus", exclude)}
+    return packed | {task: curation.pack_task(path, style, tokenizer, data_dir / "tokens" / task)
+                     for task, path in tables.items()}
+
+
+# ------------------------------------------------------------------------------- results kept, and restored
+def kept(file: Path, stage: str, compute: Callable[[], Any]) -> Any:
+    """`compute()` with its answer kept in `file`, or (`stage` "restore") the answer that was kept.
+
+    Tables go to .csv or .parquet, everything else to .json; what is returned is what was read back, so both stages
+    see the same.
+
+    Raises:
+        ValueError: `stage` is neither "run" nor "restore".
+        FileNotFoundError: "restore", and nothing was kept.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"expected stage of {STAGES}, found {stage!r}; correct the parameter")
+    if stage == "run":
+        _write(compute(), file)
+    if not file.is_file():
+        raise FileNotFoundError(f"expected kept results in {file}, found none; run with stage=run first")
+    return {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".json": io.read_json}[file.suffix](file)
+
+
+def _write(answer: Any, file: Path) -> None:
+    if file.suffix == ".json":
+        io.write_json(file, answer)
+        return
+    with io.atomic_path(file) as temporary:
+        (answer.to_csv if file.suffix == ".csv" else answer.to_parquet)(temporary, index=False)
+
+
 # ----------------------------------------------------------------------------------------- pre-training
 def pretrain(config: Any, data_dir: Path, out_dir: Path, n_processes: int) -> dict[str, Any]:
-    """Pre-train with one process per core or GPU, or return the finished result; adds its `out_dir`."""
+    """Pre-train with one process per core or GPU, or return the result of the finished run."""
     unit = {"kind": "pretrain", "config": io.plain(config), "data_dir": str(data_dir), "out_dir": str(out_dir)}
-    if n_processes > 1:
-        return units.launch(unit, n_processes) | {"out_dir": str(out_dir)}
-    return units.run_units([unit], 1)[0] | {"out_dir": str(out_dir)}
+    return units.launch(unit, n_processes) if n_processes > 1 else units.run_units([unit], 1)[0]
 
 
-def publish(result: dict[str, Any], target: Path, tokenizer: Any) -> Path:
-    """Copy the best model of a finished pre-training, and its tokenizer, to `target` (atomic)."""
+def publish(run_dir: Path, target: Path) -> Path:
+    """Copy the best model of a finished pre-training, with its tokenizer, to `target` (atomic)."""
     with io.atomic_path(target) as temporary:
-        shutil.copytree(Path(result["out_dir"]) / "model", temporary)
-        tokenizer.save(temporary)
+        shutil.copytree(run_dir / "model", temporary)
+        Tokenizer.default().save(temporary)
     return target
 
 
@@ -148,9 +181,9 @@ def attention_rows(tokens: list[str], weights: np.ndarray) -> pd.DataFrame:
                          "weight": weights.ravel()})
 
 
-def training_log(result: dict[str, Any]) -> pd.DataFrame:
-    """`log.jsonl` of a run: one row per logged step."""
-    return pd.read_json(Path(result["out_dir"]) / "log.jsonl", lines=True)
+def training_log(run_dir: Path) -> pd.DataFrame:
+    """`log.jsonl` of a run, one row per logged step: `step`, `split`, `loss`."""
+    return pd.read_json(run_dir / "log.jsonl", lines=True)[["step", "split", "loss"]]
 
 
 # ------------------------------------------------------------------------------------------ fine-tuning
@@ -176,43 +209,27 @@ def finetune_units(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any
     return found
 
 
-def predictions(todo: list[dict[str, Any]], results: Path, stage: str, n_workers: int,
-                threads: int = 1) -> pd.DataFrame:
-    """Train the units and keep their predictions in `results`, or (`stage` "restore") read them from there.
+def finetune(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], folds: Sequence[int],
+             seeds: Sequence[int], out_dir: Path, n_workers: int) -> pd.DataFrame:
+    """Train one unit for every model, task, fold and seed; the long table of their predictions.
 
-    Raises:
-        ValueError: `stage` is neither "run" nor "restore".
-        FileNotFoundError: "restore", and no predictions were kept.
+    Finished units are not repeated, interrupted ones go on. Arguments as `finetune_units`.
     """
-    check_stage(stage, results)
-    if stage == "run":
-        units.run_units(todo, n_workers, threads)
-        found = [_read(unit) for unit in todo] or [pd.DataFrame(columns=PREDICTION_COLUMNS)]
-        _keep(pd.concat(found, ignore_index=True)[PREDICTION_COLUMNS], results)
-    return pd.read_parquet(results)
-
-
-def check_stage(stage: str, results: Path) -> None:
-    """Raises ValueError for an unknown stage, FileNotFoundError for "restore" without kept results."""
-    if stage not in STAGES:
-        raise ValueError(f"expected stage of {STAGES}, found {stage!r}; correct the parameter")
-    if stage == "restore" and not results.is_file():
-        raise FileNotFoundError(f"expected kept results in {results}, found none; run with stage=run first")
+    todo = finetune_units(tasks, token_dir, configs, folds, seeds, out_dir)
+    units.run_units(todo, n_workers)
+    return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *map(_read, todo)], ignore_index=True)
 
 
 def _read(unit: dict[str, Any]) -> pd.DataFrame:
     folder = Path(unit["out_dir"])
-    return pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name, task=folder.parents[1].name)
-
-
-def _keep(table: pd.DataFrame, results: Path) -> None:
-    with io.atomic_path(results) as temporary:
-        table.to_parquet(temporary, index=False)
+    table = pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name, task=folder.parents[1].name)
+    return table[PREDICTION_COLUMNS]
 
 
 def dummy(token_dir: Path, tasks: Iterable[str], folds: Sequence[int]) -> pd.DataFrame:
     """Predictions of the mean over all rows outside the test fold, as MatBench's own dummy."""
-    return pd.concat([_dummy(token_dir / task, task, fold) for task in tasks for fold in folds], ignore_index=True)
+    found = [_dummy(token_dir / task, task, fold) for task in tasks for fold in folds]
+    return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *found], ignore_index=True)
 
 
 def _dummy(folder: Path, task: str, fold: int) -> pd.DataFrame:

@@ -51,14 +51,14 @@ def attention(tokens: list[str], parts: np.ndarray, weights: np.ndarray) -> Figu
     return fig
 
 
-def corpus_overview(space_groups: pd.DataFrame, elements: pd.DataFrame, lengths: pd.DataFrame) -> Figure:
+def corpus_overview(statistics: pd.DataFrame) -> Figure:
     """Figure S1: crystals per space group and per element, and the lengths of the strings in each style.
 
     Args:
-        space_groups: columns `space_group`, `n` [crystals].
-        elements: columns `element`, `n`, most frequent first.
-        lengths: columns `style`, `n_tokens` (without `[CLS]` and `[SEP]`), `n`.
+        statistics: `curation.corpus_statistics`; lengths are without `[CLS]` and `[SEP]`.
     """
+    space_groups, elements, lengths = (statistics[statistics["statistic"] == name]
+                                       for name in ("space_groups", "elements", "lengths"))
     fig, ((top,), (middle,), (bottom,)) = _panels(TEXT_MM, 110, rows=3)
     top.bar(space_groups["space_group"], space_groups["n"], width=1.0, color=PALETTE["blue"])
     top.set(xlabel="space-group number", ylabel="crystals", xlim=(0, 231), yscale="log")

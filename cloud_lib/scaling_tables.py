@@ -1,33 +1,16 @@
 """Tables around the scaling law: runs kept and restored, fine-tuned sizes, constants, contours, README lines."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cloud_lib import grid, io, scaling, units
-from cloud_lib.experiments import check_stage
+from cloud_lib import scaling
 from cloud_lib.powerlaw import CONSTANTS, Law
 
 OURS, PAPER = "our fit", "the paper's constants"
 LEVELS = 9  # iso-loss lines of Figure 6
-
-
-def pretraining_runs(todo: list[dict[str, Any]], file: Path, stage: str, n_workers: int) -> pd.DataFrame:
-    """Train the grid and keep one row per run in `file`, or (`stage` "restore") read them from there.
-
-    Raises:
-        ValueError: an unknown stage.
-        FileNotFoundError: "restore", and no runs were kept.
-    """
-    check_stage(stage, file)
-    if stage == "run":
-        runs = grid.collect_runs(units.run_units(todo, n_workers))
-        with io.atomic_path(file) as temporary:
-            runs.to_csv(temporary, index=False)
-    return pd.read_csv(file)
 
 
 def edges(todo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
