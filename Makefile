@@ -100,5 +100,5 @@ clean:  ## remove build/; data, checkpoints, tables and figures stay
 
 help:  ## this list
 	@echo 'make TARGET [PROFILE=$(PROFILE)] [CLOUD_DATA=folder]    profiles: $(PROFILES)'
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "  %-8s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## *' '/^[a-z ]+:.*##/ { printf "  %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'one notebook with what it depends on, by number or name: $(NAMES)'
