@@ -1,6 +1,6 @@
 """Broken CIF files and OPTIMADE records: each must end as a string or as a reject with a one-line reason.
 
-    python -m benchmarks.bench_fuzz [--count 2000]        prints the outcome per kind of damage and the slowest case
+    python -m benchmarks.bench_fuzz [--count 2000]        writes results/fuzz.csv, one row per kind of damage
 """
 
 import argparse
@@ -17,7 +17,9 @@ import numpy as np
 from benchmarks.random_crystals import random_crystal
 from cloud_lib.representation import describe
 
-WEIRD = ("nan", "inf", "-1e308", "1e999", "?", ".", "", "abc", "0", "-0.5", "1e9", "\x00", "½", "'", ";", "(", "0.5(")
+RESULTS = Path(__file__).parent / "results"
+WEIRD = ("nan", "inf", "-1e308", "1e999", "?", ".", "", "abc", "0", "-0.5", "1e9", "\x00", "½", "'", ";", "(",
+         "0.5(")
 VALUES = (None, float("nan"), float("inf"), -1e308, 1e9, 0, "abc", [], {}, [[]], True, 10**400, "Xx", -3)
 
 
@@ -44,10 +46,18 @@ def mutated_cif(text: str, rng: random.Random) -> tuple[str, bytes]:
         return "bytes.cif", bytes(data)
     elif kind == "many":
         atoms = 10 ** rng.choice([2, 4, 5])
-        lines += [f"C{k} {rng.random():.5f} {rng.random():.5f} {rng.random():.5f} 1" for k in range(atoms)]
+        words = lines[-1].split()
+        first = next(k for k, word in enumerate(words) if "." in word)  # column of x
+        for _ in range(atoms):
+            words[first : first + 3] = [f"{rng.random():.5f}" for _ in range(3)]
+            lines.append(" ".join(words))
     else:
-        lines.insert(1, "loop_\n_symmetry_equiv_pos_as_xyz\n" + rng.choice(
-            ["x,y,z\n" * 5000, "2x,y,z", "x,x,x", "x,y", "0,0,0", "'x+1/0,y,z'", "x*y,z,z"]))
+        weird = rng.choice(["2x,y,z", "x,x,x", "x,y", "0,0,0", "x+1/0,y,z", "x*y,z,z", "-x,-y,z+0.31", "y,x,z",
+                            "x,y,z'\n 1 '-x,y,z" * 5000])
+        old = "'x, y, z'"
+        if old not in text:
+            return "operator.cif", f"{text}\nloop_\n_symmetry_equiv_pos_as_xyz\n'{weird}'\n".encode()
+        return "operator.cif", text.replace(old, f"'{weird}'", 1).encode()
     return f"{kind}.cif", "\n".join(lines).encode("utf-8", "replace")
 
 
@@ -72,7 +82,8 @@ def mutated_optimade(record: dict, rng: random.Random) -> tuple[str, bytes]:
         rows = attributes["cartesian_site_positions"]
         rows[0] = [x + rng.choice([0, 1e-9, 0.01, 0.3]) for x in rows[-1]]
     elif kind == "flat":
-        attributes["lattice_vectors"][0] = [rng.choice([0, 1e-6, 1e-2]) * x for x in attributes["lattice_vectors"][0]]
+        factor = rng.choice([0, 1e-6, 1e-2])
+        attributes["lattice_vectors"][0] = [factor * x for x in attributes["lattice_vectors"][0]]
     text = json.dumps(entry)
     return f"{kind}.json", (text[: rng.randrange(len(text))] if kind == "cut" else text).encode()
 
@@ -85,7 +96,7 @@ def outcome(path: Path, content: bytes) -> dict:
         rows = list(describe(path))
         reasons = [r["error"] for r in rows if r["error"] is not None]
         error = reasons[0] if reasons else "string" if rows else "no entry"
-        crash = None if all(r["string"] or "\n" not in r["error"] for r in rows) else "reason has several lines"
+        crash = next(("reason has several lines" for reason in reasons if "\n" in reason), None)
     except BaseException as problem:  # also a panic of the search's Rust code, which is no Exception
         if isinstance(problem, KeyboardInterrupt):
             raise
@@ -103,7 +114,8 @@ def samples(rng: random.Random):
     while True:
         c = random_crystal(int(numpy_rng.integers(1, 231)), numpy_rng)
         text = str(CifWriter(Structure(c.lattice, c.symbols, c.positions), symprec=rng.choice([None, 0.01])))
-        species = [{"name": n, "chemical_symbols": [n], "concentration": [1.0]} for n in sorted(set(c.symbols))]
+        names = sorted(set(c.symbols))
+        species = [{"name": n, "chemical_symbols": [n], "concentration": [1.0]} for n in names]
         yield text, {"id": "random", "type": "structures", "attributes": {
             "lattice_vectors": c.lattice.tolist(), "species": species, "species_at_sites": list(c.symbols),
             "cartesian_site_positions": (c.positions @ c.lattice).tolist()}}
@@ -120,10 +132,14 @@ def main() -> None:
         for index, (cif, record) in zip(range(args.count), samples(rng)):
             name, content = mutated_cif(cif, rng) if index % 2 else mutated_optimade(record, rng)
             results.append(outcome(Path(folder) / name, content))
+    table = ["damage,n_cases,n_strings,n_rejects,n_crashes,slowest_s"]
     for kind in sorted({r["kind"] for r in results}):
         found = [r for r in results if r["kind"] == kind]
-        strings = sum(r["error"] == "string" for r in found)
-        print(f"{kind:16} {len(found):5} cases {strings:5} strings {max(r['seconds'] for r in found):8.2f} s slowest")
+        strings, crashes = (sum(r["error"] == what for r in found) for what in ("string", "crash"))
+        table.append(f"{kind},{len(found)},{strings},{len(found) - strings - crashes},{crashes},"
+                     f"{max(r['seconds'] for r in found):.2f}")
+    (RESULTS / "fuzz.csv").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
     print(Counter(r["error"].split(":")[0][:50] for r in results).most_common(25))
     print("crashes:", [r for r in results if r["crash"]][:5])
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_invariance [--per-group 20] [--engine auto] [--groups 1 230]
 
-Writes benchmarks/results/invariance.csv (one row per disturbance) and invariance.json (settings, totals and every
-exception). A case counts when the symmetry finder sees the group the crystal was built in, before and after.
-Style `paper` is read with spglib, as the published code does, on the first crystals of each group (it is slow).
+Writes benchmarks/results/invariance.csv (one row per disturbance) and invariance.json (settings, totals and
+every exception). A case counts when the symmetry finder sees the group the crystal was built in, before and
+after. Style `paper` is read with spglib, as the published code does, on the first crystals of each group (it
+is slow).
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python -m benchmarks.derive_wyckoff [OUT.jsonl]        about 8 minutes on one core
 
-Wyckoff letters cannot be derived, they are a convention of International Tables A. They are read off moyo: random
-crystals with atoms on special points of the group's own operations are given to it, and its answer names letter,
-site symmetry and representative coordinates. All 1,731 positions were found. The permutations need no
-convention: `normalizer_steps` finds them from the operations alone.
+Wyckoff letters cannot be derived, they are a convention of International Tables A. They are read off moyo:
+random crystals with atoms on special points of the group's own operations are given to it, and its answer
+names letter, site symmetry and representative coordinates. All 1,731 positions were found. The permutations
+need no convention: `normalizer_steps` finds them from the operations alone.
 """
 
 import itertools
@@ -125,13 +125,14 @@ def letter_at(space_group: int, point: np.ndarray) -> str:
 def affine_normalizer(space_group: int, rng: np.random.Generator, n_linear: int = 400) -> list:
     """(matrix, shift) pairs in conventional coordinates that map the group onto itself.
 
-    Linear parts: the unimodular matrices of -1, 0, 1 in the primitive basis, which generate the action on letters
-    also where the normalizer is infinite; at most `n_linear` of them. Shifts: multiples of 1/24.
+    Linear parts: the unimodular matrices of -1, 0, 1 in the primitive basis, which generate the action on
+    letters also where the normalizer is infinite; at most `n_linear` of them. Shifts: multiples of 1/24.
     """
     to_primitive = np.array(moyopy.HallSymbolEntry(spglib_hall(space_group)).centering.linear, dtype=float)
     to_conventional = np.linalg.inv(to_primitive)
     group = moyopy.operations_from_number(space_group, setting=moyopy.Setting.spglib(), primitive=True)
-    rotations, translations = np.array(group.rotations), np.rint(np.array(group.translations) * CELL).astype(int)
+    rotations = np.array(group.rotations)
+    translations = np.rint(np.array(group.translations) * CELL).astype(int)
     index = {r.tobytes(): i for i, r in enumerate(rotations)}
     linear = [m for m in _unimodular() if all((m @ r @ _inverse(m)).tobytes() in index for r in rotations)]
     if len(linear) > n_linear:
@@ -162,7 +163,7 @@ def spglib_hall(space_group: int) -> int:
 
 
 def main() -> None:
-    """Positions are derived and compared with the shipped table, then the permutations; all is written out."""
+    """Derive every group's line and write it."""
     from cloud_lib.spacegroups import generator
 
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "spacegroups.jsonl")

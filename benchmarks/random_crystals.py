@@ -1,7 +1,8 @@
 """Random crystals of a given space group, and disturbances that leave a crystal what it is.
 
-A crystal is built from the group's exact operations and Wyckoff positions with random free parameters, so that
-its group is known without any symmetry finder (it is at least that group; accidental supergroups are possible).
+A crystal is built from the group's exact operations and Wyckoff positions with random free parameters, so
+that its group is known without any symmetry finder (it is at least that group; accidental supergroups are
+possible).
 """
 
 import re
@@ -140,7 +141,7 @@ def noisy(crystal: Crystal, rng: np.random.Generator, size: float = 1e-4) -> Cry
     """Each atom moved by `size` [A] in a random direction."""
     step = rng.normal(size=crystal.positions.shape)
     step *= size / np.linalg.norm(step, axis=1, keepdims=True)
-    return Crystal(crystal.lattice, crystal.symbols, crystal.positions + step @ np.linalg.inv(crystal.lattice))
+    return crystal._replace(positions=crystal.positions + step @ np.linalg.inv(crystal.lattice))
 
 
 def all_of_these(crystal: Crystal, rng: np.random.Generator) -> Crystal:

@@ -44,7 +44,8 @@ def as_crystal(obj: Any) -> Crystal:
         if isinstance(obj, dict):
             return _from_pymatgen_dict(obj) if "sites" in obj else _from_optimade(obj)
         if hasattr(obj, "get_scaled_positions"):
-            return Crystal(np.array(obj.cell[:]), tuple(obj.get_chemical_symbols()), obj.get_scaled_positions())
+            symbols = tuple(obj.get_chemical_symbols())
+            return Crystal(np.array(obj.cell[:]), symbols, obj.get_scaled_positions(wrap=False))
         if hasattr(obj, "frac_coords"):
             symbols = tuple(_only_species(site.species.as_dict()) for site in obj)
             return Crystal(np.array(obj.lattice.matrix), symbols, np.array(obj.frac_coords))
@@ -68,10 +69,10 @@ def _from_optimade(record: dict) -> Crystal:
         raise CrystalError(f"lattice: expected 3 x 3 numbers, found shape {lattice.shape}")
     names = {s["name"]: _species_symbol(s) for s in entry["species"]}
     symbols = tuple(map(names.__getitem__, entry["species_at_sites"]))
-    volume, _ = _normals(lattice)
-    if not 0 < volume < np.inf:
+    volume, normals = _normals(lattice)
+    if not 0 < abs(volume) < np.inf:
         return Crystal(lattice, symbols, cartesian)  # rejected with its reason by the check of the lattice
-    return Crystal(lattice, symbols, cartesian @ np.linalg.inv(lattice))
+    return Crystal(lattice, symbols, cartesian @ (np.array(normals) / volume).T)
 
 
 def _species_symbol(species: dict) -> str:
@@ -100,20 +101,20 @@ def _only_species(occupancies: dict[str, float]) -> str:
 
 
 def _normals(lattice: np.ndarray) -> tuple[float, list[tuple[float, float, float]]]:
-    """Volume [A^3], and the normals b x c, c x a, a x b of the cell's faces [A^2]."""
+    """Signed volume [A^3], and the normals b x c, c x a, a x b of the cell's faces [A^2]."""
     (a, b, c), (d, e, f), (g, h, i) = lattice.tolist()
     normals = [(e * i - f * h, f * g - d * i, d * h - e * g), (h * c - i * b, i * a - g * c, g * b - h * a),
                (b * f - c * e, c * d - a * f, a * e - b * d)]
     x, y, z = normals[0]
-    return abs(a * x + b * y + c * z), normals
+    return a * x + b * y + c * z, normals
 
 
 def checked_volume(crystal: Crystal) -> float:
     """Volume of the cell [A^3]; raises CrystalError for what no symmetry search should see."""
     n = len(crystal.symbols)
     if crystal.lattice.shape != (3, 3) or crystal.positions.shape != (n, 3) or n == 0:
-        raise CrystalError(f"expected a 3 x 3 lattice and n > 0 positions, found shapes {crystal.lattice.shape} "
-                           f"and {crystal.positions.shape} for {n} atoms")
+        raise CrystalError(f"expected a 3 x 3 lattice and n > 0 positions, found shapes "
+                           f"{crystal.lattice.shape} and {crystal.positions.shape} for {n} atoms")
     if n > MAX_SITES:
         raise CrystalError(f"too many atoms: expected at most {MAX_SITES}, found {n}")
     unknown = sorted(set(crystal.symbols) - NUMBERS.keys())
@@ -121,11 +122,13 @@ def checked_volume(crystal: Crystal) -> float:
         raise CrystalError(f"unknown species: expected an element or D, found {unknown[:3]}")
     for values in (crystal.lattice, crystal.positions):
         if not np.abs(values).max() <= MAX_LENGTH:  # also true for NaN
-            raise CrystalError(f"expected lattice vectors [A] and fractional positions up to {MAX_LENGTH:g} in size, "
-                               f"found {values[~(np.abs(values) <= MAX_LENGTH)][:3].tolist()}")
+            raise CrystalError(f"expected lattice vectors [A] and fractional positions up to {MAX_LENGTH:g} "
+                               f"in size, found {values[~(np.abs(values) <= MAX_LENGTH)][:3].tolist()}")
     volume, normals = _normals(crystal.lattice)
+    volume = abs(volume)
     if volume < MIN_VOLUME_PER_SITE * n:
-        raise CrystalError(f"volume: expected at least {MIN_VOLUME_PER_SITE} A^3 per atom, found {volume / n:.3g}")
+        raise CrystalError(f"volume: expected at least {MIN_VOLUME_PER_SITE} A^3 per atom, "
+                           f"found {volume / n:.3g}")
     if any(x * x + y * y + z * z > (volume / MIN_DISTANCE) ** 2 for x, y, z in normals):
         _check_translations(crystal.lattice)
     return volume
@@ -134,12 +137,13 @@ def checked_volume(crystal: Crystal) -> float:
 def _check_translations(lattice: np.ndarray) -> None:
     """Reject a lattice with a vector shorter than MIN_DISTANCE, which puts an atom on top of its own image.
 
-    Impossible where all lattice planes are at least MIN_DISTANCE apart; here sums of up to two of each cell vector
-    are tried.
+    Impossible where all lattice planes are at least MIN_DISTANCE apart; here sums of up to two of each cell
+    vector are tried.
     """
     shortest = np.linalg.norm(_SUMS @ lattice, axis=1).min()
     if shortest < MIN_DISTANCE:
-        raise CrystalError(f"lattice: expected translations of at least {MIN_DISTANCE} A, found {shortest:.3g} A")
+        raise CrystalError(f"lattice: expected translations of at least {MIN_DISTANCE} A, "
+                           f"found {shortest:.3g} A")
 
 
 def check_distances(crystal: Crystal, sites: list[int]) -> None:
@@ -153,7 +157,7 @@ def check_distances(crystal: Crystal, sites: list[int]) -> None:
     volume, normals = _normals(crystal.lattice)
     areas = [x * x + y * y + z * z for x, y, z in normals]
     smallest = min(areas)  # its lattice planes are the farthest apart
-    reach = MIN_DISTANCE * smallest**0.5 / volume
+    reach = MIN_DISTANCE * smallest**0.5 / abs(volume)
     along = crystal.positions[:, areas.index(smallest)]
     for start in range(0, len(sites), 256):
         rows = np.array(sites[start : start + 256])

@@ -11,7 +11,7 @@ SYMBOLS = (  # by atomic number; D closes the list as number 119, so that a symm
     "Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og D "
 ).split()
 
-FORMULA_ORDER = (  # by Pauling electronegativity, then atomic number; those without a value last (pymatgen's data)
+FORMULA_ORDER = (  # by Pauling electronegativity (pymatgen's data), then atomic number; those without last
     "Fr Cs K Rb Ba Ra Na Sr Li Ca La Tb Yb Ac Ce Pr Pm Nd Sm Eu Gd Y Dy Ho Er Tm Lu Pu Hf Th Am Cm Bk Cf "
     "Es Fm Md No Lr Mg Zr Sc Np U Ta Pa Ti Mn Be Nb Al Tl V Zn Cr Cd In Ga Fe Co Si Cu Tc Re Ni Ag Sn Hg "
     "Po Ge Bi B Sb Te Mo As P H D Ru Pd Os Ir At Rn Rh Pt Pb W Au C Se S Xe I Br Kr N Cl O F He Ne Ar Rf "

@@ -1,8 +1,8 @@
 """Crystals from files: CIF, POSCAR, extended XYZ, OPTIMADE JSON and JSON Lines, or a folder of them.
 
-A file or entry that cannot be read yields a `CrystalError` in place of its crystal, so that one bad entry never
-stops a long run. CIF is read with gemmi and expanded with the operators that the file lists, else with those of
-the space group that it names, else as P1.
+A file or entry that cannot be read yields a `CrystalError` in place of its crystal, so that one bad entry
+never stops a long run. CIF is read with gemmi and expanded with the operators that the file lists, else with
+those of the space group that it names, else as P1.
 """
 
 import gzip
@@ -27,7 +27,8 @@ _OPERATORS = ("_space_group_symop_operation_xyz", "_space_group_symop.operation_
               "_symmetry_equiv_pos_as_xyz")
 _NAMES = ("_space_group_name_Hall", "_symmetry_space_group_name_Hall", "_space_group_name_H-M_alt",
           "_symmetry_space_group_name_H-M", "_space_group_IT_number", "_symmetry_Int_Tables_number")
-_CELL = tuple(f"_cell_{x}" for x in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma"))
+_CELL = ("_cell_length_a", "_cell_length_b", "_cell_length_c", "_cell_angle_alpha", "_cell_angle_beta",
+         "_cell_angle_gamma")
 _SITE = ("_atom_site_label", "?_atom_site_type_symbol", "_atom_site_fract_x", "_atom_site_fract_y",
          "_atom_site_fract_z", "?_atom_site_occupancy", "?_atom_site_disorder_group")
 
@@ -35,8 +36,8 @@ _SITE = ("_atom_site_label", "?_atom_site_type_symbol", "_atom_site_fract_x", "_
 def read_crystals(path: str | Path) -> Iterator[Entry]:
     """(material_id, crystal or the reason why not) of every entry in a file or, recursively, in a folder.
 
-    The material_id is the entry's own id where it has one (OPTIMADE), else the file's stem, with "#2" and so on
-    appended from the second entry of a file on.
+    The material_id is the entry's own id where it has one (OPTIMADE), else the file's stem, with "#2" and so
+    on appended from the second entry of a file on.
 
     Raises:
         FileNotFoundError: no such file or folder, or no readable file in the folder.
@@ -51,7 +52,7 @@ def read_files(path: str | Path) -> Iterator[tuple[Path, str, Crystal | CrystalE
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p))
         if not files:
-            raise FileNotFoundError(f"{path}: expected CIF, POSCAR, extended XYZ or OPTIMADE files, found none")
+            raise FileNotFoundError(f"{path}: expected CIF, POSCAR, XYZ or OPTIMADE files, found none")
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     return ((file, *entry) for file in files for entry in _guarded(file))
@@ -61,8 +62,8 @@ def _guarded(path: Path) -> Iterator[Entry]:
     """The entries of one file; what goes wrong inside a third-party parser becomes a reject."""
     reader = _reader(path)
     if reader is None:
-        yield path.stem, CrystalError(f"unknown file type {path.name!r}: expected .cif, POSCAR, .extxyz, .json or "
-                                      f".jsonl, optionally .gz")
+        yield path.stem, CrystalError(f"unknown file type {path.name!r}: expected .cif, POSCAR, .extxyz, "
+                                      f".json or .jsonl, optionally .gz")
         return
     entries = reader(path)
     while True:
@@ -74,7 +75,8 @@ def _guarded(path: Path) -> Iterator[Entry]:
             entry = (path.stem, error)
         except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
                 AssertionError, RuntimeError, MemoryError) as error:
-            entry = (path.stem, CrystalError(f"cannot read {path.name}: {type(error).__name__}: {_one_line(error)}"))
+            reason = f"cannot read {path.name}: {type(error).__name__}: {_one_line(error)}"
+            entry = (path.stem, CrystalError(reason))
         if entry is None:
             return
         yield entry
@@ -115,7 +117,7 @@ def _read_xyz(path: Path) -> Iterator[Entry]:
 
     for index, atoms in enumerate(ase.io.iread(path, index=":", format="extxyz")):
         if not atoms.cell.rank == 3:
-            yield _numbered(path, index), CrystalError("no lattice: expected three lattice vectors (Lattice=...)")
+            yield _numbered(path, index), CrystalError("no lattice: expected three vectors (Lattice=...)")
         else:
             yield _numbered(path, index), as_crystal(atoms)
 
@@ -127,7 +129,8 @@ def _numbered(path: Path, index: int) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[Entry]:
     """OPTIMADE JSON Lines: entries of type structures; header and info lines are skipped."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines):
             if line.strip():
                 yield from _json_entries(line, _numbered(path, number))
@@ -197,7 +200,8 @@ def _lattice(block: Any) -> np.ndarray:
     alpha, beta, gamma = np.cos(np.radians(angles)).tolist()
     squared = 1 - alpha**2 - beta**2 - gamma**2 + 2 * alpha * beta * gamma
     if squared <= 1e-8 or min(a, b, c) <= 0:
-        raise CrystalError(f"cell: expected lengths and angles of a cell with volume, found {a, b, c, *angles}")
+        raise CrystalError(f"cell: expected lengths and angles of a cell with volume, "
+                           f"found {a, b, c, *angles}")
     sine = (1 - gamma**2) ** 0.5
     return np.array([[a, 0, 0], [b * gamma, b * sine, 0],
                      [c * beta, c * (alpha - beta * gamma) / sine, c * squared**0.5 / sine]])
@@ -210,7 +214,8 @@ def _numbers(texts: list[str], what: str) -> np.ndarray:
     except ValueError as error:
         raise CrystalError(f"{what}: expected a number, {_one_line(error)}") from error
     if not np.isfinite(values).all():
-        raise CrystalError(f"{what}: expected finite numbers, found {values[~np.isfinite(values)][:3].tolist()}")
+        raise CrystalError(f"{what}: expected finite numbers, "
+                           f"found {values[~np.isfinite(values)][:3].tolist()}")
     return values
 
 

@@ -2,10 +2,11 @@
 
 Every full style has three fields, "generator | Wyckoff | composition":
 
-* `paper`: as the published code writes it: distinct Wyckoff symbols, then elements with fractions, both in the
-  order of the atoms in the file; fractions rounded half to even (0.125 -> 0.12), so they need not sum to 1.
-* `canonical` (default): the same fields, freed from the file. Elements follow the formula order; of all sets of
-  Wyckoff symbols that the affine normalizer of the group connects, the smallest is written.
+* `paper`: as the published code writes it: distinct Wyckoff symbols, then elements with fractions, both in
+  the order of the atoms in the file; fractions rounded half to even (0.125 -> 0.12), so they need not sum to
+  1.
+* `canonical` (default): the same fields, freed from the file. Elements follow the formula order; of all sets
+  of Wyckoff symbols that the affine normalizer of the group connects, the smallest is written.
 * `site`: the middle field tells which element sits where: "Ba 1a Ti 1b O 3c". Elements in formula order, each
   followed by its Wyckoff symbols; a symbol that n > 1 orbits of the element share is preceded by "xn". Of all
   equivalent assignments the smallest is written.
@@ -31,8 +32,8 @@ from cloud_lib.symmetry import CrystalError, SymmetryRecord, read_files, symmetr
 
 STYLES = ("paper", "canonical", "site")
 ABLATION_STYLES = ("composition", "number", "no_wyckoff")
-MAX_POSITIONS = {  # longest accepted token sequence with [CLS] and [SEP]; 64 is the paper's
-    "paper": 64, "canonical": 64, "site": 256, "composition": 64, "number": 64, "no_wyckoff": 64,
+MAX_POSITIONS = {  # longest sequence with [CLS] and [SEP]; 64 is the paper's, `site` reached 62 in real data
+    "paper": 64, "canonical": 64, "site": 96, "composition": 64, "number": 64, "no_wyckoff": 64,
 }
 _LETTER_RANK = {letter: rank for rank, letter in enumerate(LETTERS)}
 
@@ -40,8 +41,8 @@ _LETTER_RANK = {letter: rank for rank, letter in enumerate(LETTERS)}
 class Decoded(NamedTuple):
     """What a string says; parts that its style leaves out are None or empty.
 
-    `wyckoff`: Wyckoff symbol -> number of orbits, for style `site` (element, symbol) -> number of orbits; styles
-    that list each symbol once count 1. `composition`: element -> fraction as written.
+    `wyckoff`: Wyckoff symbol -> number of orbits, for style `site` (element, symbol) -> number of orbits;
+    styles that list each symbol once count 1. `composition`: element -> fraction as written.
     """
 
     space_group: int | None
@@ -114,7 +115,7 @@ def _site_field(space_group: int, sites: tuple[tuple[tuple[str, str], int], ...]
     ranks = np.array([RANKS[element] for (element, _), _ in sites])
     counts = np.array([n for _, n in sites])
     images = _permutation_array(space_group)[:, [_LETTER_RANK[letter] for (_, letter), _ in sites]]
-    codes = np.sort((ranks * len(LETTERS) + images) * 2**32 + counts, axis=1)  # element, then letter, then count
+    codes = np.sort((ranks * len(LETTERS) + images) * 2**32 + counts, axis=1)  # element, letter, count
     words, last = [], None
     sizes = multiplicities(space_group)
     for code in min(codes.tolist()):
@@ -162,7 +163,8 @@ def _parse_composition(words: list[str]) -> dict[str, float]:
     elements, fractions = words[::2], words[1::2]
     unknown = [e for e in elements if e not in NUMBERS]
     if not words or len(words) % 2 or unknown or len(set(elements)) < len(elements):
-        raise ValueError(f"composition: expected distinct elements, each with a fraction, found {' '.join(words)!r}")
+        raise ValueError(f"composition: expected distinct elements, each with a fraction, "
+                         f"found {' '.join(words)!r}")
     return dict(zip(elements, map(float, fractions)))
 
 
@@ -183,8 +185,9 @@ def _parse_wyckoff(words: list[str], space_group: int, style: str) -> dict:
     return dict(counts)
 
 
-def describe(path: str | Path, style: str = "canonical", symprec: float = 0.01, engine: str = "auto") -> Iterator[dict]:
-    """One row per crystal of a file or folder: file, material_id, formula_reduced, space_group, string, error.
+def describe(path: str | Path, style: str = "canonical", symprec: float = 0.01,
+             engine: str = "auto") -> Iterator[dict]:
+    """A row per crystal of a file or folder: file, material_id, formula_reduced, space_group, string, error.
 
     A crystal that cannot be described has its reason in `error` and None in the three columns before it.
 

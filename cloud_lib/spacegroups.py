@@ -5,13 +5,15 @@ The tables sit in `spacegroups.jsonl`, one group per line, read once on first us
 * `generator`: encoding of De Graef and McHenry (Structure of Materials, 2012), as in pymatgen's data file:
   inversion flag, number of generators, then per generator one rotation letter and three translation letters,
   then the origin tail (`0`, or `1` and the shift that leads to origin choice 2).
-* `wyckoff`: multiplicity, letter, site symmetry and representative coordinates of all 1,731 positions, letters
-  as in International Tables A, coordinates in the setting of `hall_number`.
-* `normalizer`: generators of the permutations of Wyckoff letters under the affine normalizer. They were derived
-  from the operations alone; `benchmarks/derive_wyckoff.py` writes the file, a test derives a sample again.
+* `wyckoff`: multiplicity, letter, site symmetry and representative coordinates of all 1,731 positions,
+  letters as in International Tables A, coordinates in the setting of `hall_number`.
+* `normalizer`: generators of the permutations of Wyckoff letters under the affine normalizer. They were
+  derived from the operations alone; `benchmarks/derive_wyckoff.py` writes the file, a test derives a sample
+  again.
 
-One setting is used throughout: the smallest Hall number of the group, which is spglib's default (origin choice
-1, unique axis b, hexagonal axes). Without the origin tail each generator string gives exactly that setting.
+One setting is used throughout: the smallest Hall number of the group, which is spglib's default (origin
+choice 1, unique axis b, hexagonal axes). Without the origin tail each generator string gives exactly that
+setting.
 """
 
 import json
@@ -65,8 +67,9 @@ class WyckoffPosition(NamedTuple):
 class Generators:
     """A parsed generator string.
 
-    `rotations` (g, 3, 3) int, `translations` (g, 3) int in units of 1/24, the inversion included when the flag
-    is set; `origin_shift` (3,) int in units of 1/24: coordinates in origin choice 2 = coordinates - shift.
+    `rotations` (g, 3, 3) int, `translations` (g, 3) int in units of 1/24, the inversion included when the
+    flag is set; `origin_shift` (3,) int in units of 1/24: coordinates in origin choice 2 = coordinates -
+    shift.
     """
 
     rotations: np.ndarray
@@ -97,8 +100,8 @@ def generator(space_group: int, table: str = "corrected") -> str:
     """
     if table not in TABLES:
         raise ValueError(f"table: expected one of {TABLES}, found {table!r}")
-    row = _row(space_group)
-    return PUBLISHED_DEVIATIONS.get(space_group, row["generator"]) if table == "published" else row["generator"]
+    text = _row(space_group)["generator"]
+    return PUBLISHED_DEVIATIONS.get(space_group, text) if table == "published" else text
 
 
 def hall_number(space_group: int) -> int:
@@ -200,9 +203,9 @@ def operations(space_group: int) -> tuple[tuple[tuple[tuple[int, ...], ...], tup
 def normalizer_permutations(space_group: int) -> tuple[str, ...]:
     """All distinct actions of the group's affine normalizer on its Wyckoff letters, the identity first.
 
-    Each is a string p: letter number i becomes p[i]. The affine normalizer contains the Euclidean one of every
-    lattice and every change between equivalent cells, so what is invariant under it depends neither on the
-    origin nor on the axes that a symmetry finder happens to choose.
+    Each is a string p: letter number i becomes p[i]. The affine normalizer contains the Euclidean one of
+    every lattice and every change between equivalent cells, so what is invariant under it depends neither on
+    the origin nor on the axes that a symmetry finder happens to choose.
     """
     identity = LETTERS[: len(_row(space_group)["wyckoff"])]
     found, pending = {identity: None}, [identity]

@@ -1,9 +1,9 @@
-"""From a crystal to its frozen `SymmetryRecord`: space group, Wyckoff orbits with their elements, composition.
+"""From a crystal to its frozen `SymmetryRecord`: space group, Wyckoff orbits, composition.
 
-`as_crystal` takes what users have in memory, `read_crystals` what they have in files; `symmetry_record`
-does the symmetry search. spglib is the reference (with the published code's tolerances); moyo is the fast path,
-tried first by `engine="auto"`, spglib then takes what moyo cannot do. Both report Wyckoff letters in the setting
-of `spacegroups.hall_number`: the smallest Hall number, origin choice 1.
+`as_crystal` takes what users have in memory, `read_crystals` what they have in files; `symmetry_record` does
+the symmetry search. spglib is the reference (with the published code's tolerances); moyo is the fast path,
+tried first by `engine="auto"`, spglib then takes what moyo cannot do. Both report Wyckoff letters in the
+setting of `spacegroups.hall_number`: the smallest Hall number, origin choice 1.
 """
 
 import logging
@@ -86,11 +86,12 @@ def symmetry_record(crystal: Any, symprec: float = 0.01, engine: str = "auto") -
     except CrystalError:
         check_distances(crystal, list(range(len(crystal.symbols))))  # the usual cause, said more clearly
         raise
-    first = dict(zip(reversed(found.orbits), range(len(crystal.symbols) - 1, -1, -1)))  # orbit -> its first atom
+    symbols, letters, site_symmetries = crystal.symbols, found.letters, found.site_symmetries
+    first = dict(zip(reversed(found.orbits), range(len(symbols) - 1, -1, -1)))  # orbit -> its first atom
     sites = sorted(first.values())
     check_distances(crystal, sites)
-    sizes, symbols, letters = multiplicities(found.space_group), crystal.symbols, found.letters
-    orbits = tuple([Orbit(symbols[i], letters[i], sizes[letters[i]], found.site_symmetries[i]) for i in sites])
+    sizes = multiplicities(found.space_group)
+    orbits = tuple([Orbit(symbols[i], letters[i], sizes[letters[i]], site_symmetries[i]) for i in sites])
     return SymmetryRecord(found.space_group, hall_number(found.space_group), origin_choice(found.space_group),
                           orbits, dict(Counter(symbols)), volume / len(symbols), found.symprec, found.engine)
 
@@ -132,7 +133,8 @@ def _search_moyopy(crystal: Crystal, symprec: float) -> _Found:
         found = moyopy.MoyoDataset(cell, symprec=symprec, setting=moyopy.Setting.spglib())
     except ValueError as error:
         raise CrystalError(f"symmetry search failed (moyopy): {error}") from error
-    return _Found("moyopy", found.number, found.symprec, found.orbits, found.wyckoffs, found.site_symmetry_symbols)
+    return _Found("moyopy", found.number, found.symprec, found.orbits, found.wyckoffs,
+                  found.site_symmetry_symbols)
 
 
 @cache
@@ -146,7 +148,7 @@ def _spglib() -> Any:
 def _search_spglib(crystal: Crystal, symprec: float) -> _Found:
     cell = (crystal.lattice, crystal.positions, [NUMBERS[s] for s in crystal.symbols])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # its call for exceptions, which would change pymatgen
+        warnings.simplefilter("ignore", DeprecationWarning)  # it urges to a global switch
         found = _spglib().get_symmetry_dataset(cell, symprec=symprec, angle_tolerance=_SPGLIB_ANGLE_TOLERANCE)
     if found is None:
         raise CrystalError("symmetry search failed (spglib): no symmetry found")

@@ -1,13 +1,13 @@
 """Closed vocabularies: every unit with a meaning of its own is one token, everything else is an error.
 
-In a string, "O" may be the translation 0 or oxygen, "1" an inversion flag, a count or an origin tail. Here each
-meaning has its own token, so tokens are written with a prefix where the bare word is ambiguous:
+In a string, "O" may be the translation 0 or oxygen, "1" an inversion flag, a count or an origin tail. Here
+each meaning has its own token, so tokens are written with a prefix where the bare word is ambiguous:
 
-    [PAD] [CLS] [SEP] [MASK] |           special tokens (ids 0-3) and the field separator
-    flag:0 count:4 a tr:D tail:0         generator field (before the first bar); sg221 for style `number`
-    3c, x12                              Wyckoff symbols of the 230 groups; count of a repeated orbit (style `site`)
-    Ba, D                                elements 1-118 and deuterium
-    0.0, 0.01, ... 1.0                   fractions
+    [PAD] [CLS] [SEP] [MASK] |      special tokens (ids 0-3) and the field separator
+    flag:0 count:4 a tr:D tail:0    generator field (before the first bar); sg221 for style `number`
+    3c, x12                         Wyckoff symbols of the 230 groups; count of a repeated orbit
+    Ba, D                           elements 1-118 and deuterium
+    0.0, 0.01, ... 1.0              fractions
 
 The vocabulary is enumerated from the tables, so it depends on no corpus; `version` names its layout, `sha256`
 its content. `Tokenizer.published()` is the 564-token vocabulary of the published weights.
@@ -60,9 +60,9 @@ class Tokenizer:
     def published(cls) -> "Tokenizer":
         """The published vocabulary: 463 WordPiece entries and 101 fractions, ids as in the authors' files.
 
-        One id serves several meanings there (O, digits), and a word it lacks (At, Fr, Es, Fm, Md, No, Lr) falls
-        apart into pieces as in `transformers.BertTokenizer`; only use it with published weights and strings.
-        Source: ChangwenXu98/CLOUD, tokenizer_cloud_optimade (MIT licence, see published_vocab.txt).
+        One id serves several meanings there (O, digits), and a word it lacks (At, Fr, Es, Fm, Md, No, Lr)
+        falls apart into pieces as in `transformers.BertTokenizer`; only use it with published weights and
+        strings. Source: ChangwenXu98/CLOUD, tokenizer_cloud_optimade (MIT licence, see published_vocab.txt).
         """
         lines = files("cloud_lib").joinpath("published_vocab.txt").read_text(encoding="utf-8").splitlines()
         words = [word for line in lines if not line.startswith("#!") for word in line.split()]
@@ -108,8 +108,8 @@ class Tokenizer:
         """Packed ids of many strings.
 
         Returns:
-            tokens (n_tokens,) uint16 with [CLS] and [SEP] around each string, and offsets (n + 1,) int64: string
-            i is tokens[offsets[i]:offsets[i + 1]].
+            tokens (n_tokens,) uint16 with [CLS] and [SEP] around each string, and offsets (n + 1,) int64:
+            string i is tokens[offsets[i]:offsets[i + 1]].
 
         Raises:
             UnknownTokenError: a word is not in the vocabulary.
@@ -177,7 +177,8 @@ class _PublishedFields:
         start, pieces = 0, []
         while start < len(word):
             prefix = "##" if start else ""
-            end = next((e for e in range(len(word), start, -1) if prefix + word[start:e] in self._vocab), None)
+            ends = range(len(word), start, -1)
+            end = next((e for e in ends if prefix + word[start:e] in self._vocab), None)
             if end is None:
                 raise UnknownTokenError(f"unknown token {word!r} for the published vocabulary")
             pieces.append(self._vocab[prefix + word[start:end]])
@@ -189,7 +190,8 @@ def _generator_tokens(text: str) -> list[str]:
     """The tokens of a generator string: "100" -> flag:1 count:0 tail:0."""
     end = 2 + 4 * int(text[1])
     blocks = [c if i % 4 == 0 else f"tr:{c}" for i, c in enumerate(text[2:end])]
-    return [f"flag:{text[0]}", f"count:{text[1]}", *blocks, f"tail:{text[end]}", *(f"tr:{c}" for c in text[end + 1 :])]
+    shift = [f"tr:{c}" for c in text[end + 1 :]]
+    return [f"flag:{text[0]}", f"count:{text[1]}", *blocks, f"tail:{text[end]}", *shift]
 
 
 def _fractions() -> list[str]:
@@ -209,7 +211,7 @@ def _enumerate() -> list[str]:
 
 
 def _part(token: str, shared: bool) -> int:
-    """Index into PARTS; with `shared`, letters that are a translation and an element count as generator symbols."""
+    """Index into PARTS; with `shared`, letters for both translation and element count as generator."""
     if re.fullmatch(r"[01]\.\d+", token):
         return 4
     if re.fullmatch(r"\d+[a-zA]|x\d+", token):

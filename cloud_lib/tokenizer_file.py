@@ -55,7 +55,7 @@ def _rules() -> list[dict]:
     rules += [(rf"(?<=flag:[01] ){n}(?= )", f"count:{n}") for n in range(8)]
     rules += [(rf"(?<= ){n}{_IN_GENERATOR}", f"tail:{n}") for n in (0, 1)]
     rules += [(rf"(?<= ){c}{_IN_GENERATOR}", f"tr:{c}") for c in TRANSLATIONS]
-    return [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content} for pattern, content in rules]
+    return [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in rules]
 
 
 def _template(tokenizer: Any) -> dict:

@@ -27,8 +27,8 @@ def record(space_group, orbits):
     amounts = Counter()
     for element, letter in orbits:
         amounts[element] += sizes[letter]
-    return SymmetryRecord(space_group, 0, "", tuple(Orbit(e, x, sizes[x], "") for e, x in orbits), dict(amounts),
-                          10.0, 0.01, "none")
+    found = tuple(Orbit(e, x, sizes[x], "") for e, x in orbits)
+    return SymmetryRecord(space_group, 0, "", found, dict(amounts), 10.0, 0.01, "none")
 
 
 def test_known_strings():
@@ -55,7 +55,8 @@ def test_site_tells_who_sits_where():
 
 
 def test_site_keeps_repeated_positions():
-    assert string(record(1, [("C", "a")] * 3 + [("O", "a")]), "site") == "0 0 0 | C x3 1a O 1a | C 0.75 O 0.25"
+    few = string(record(1, [("C", "a")] * 3 + [("O", "a")]), "site")
+    assert few == "0 0 0 | C x3 1a O 1a | C 0.75 O 0.25"
     many = string(record(1, [("C", "a")] * 200), "site")
     assert many == "0 0 0 | C x99 1a x99 1a x2 1a | C 1.0"
     assert parse(many, "site").wyckoff == {("C", "1a"): 200}
@@ -107,7 +108,8 @@ def test_site_string_is_the_same_for_all_equivalent_letters(space_group):
     letters = [p.letter for p in wyckoff_positions(space_group)]
     orbits = [(str(rng.choice(["Ti", "O", "Cs"])), str(rng.choice(letters))) for _ in range(4)]
     permutations = normalizer_permutations(space_group)
-    images = [[(e, p[LETTERS.index(x)]) for e, x in orbits] for p in permutations[:: len(permutations) // 20 + 1]]
+    some = permutations[:: len(permutations) // 20 + 1]
+    images = [[(e, p[LETTERS.index(x)]) for e, x in orbits] for p in some]
     for style in ("canonical", "site"):
         made = {string(record(space_group, image), style) for image in images}
         assert len(made) == 1

@@ -115,7 +115,7 @@ def _span(identity, steps):
 
 
 def test_known_normalizer_actions():
-    """P-1: the affine group of the 8 inversion centres; Pm-3m: origin at 1/2,1/2,1/2; Pmmm: 8 origins, 6 axes."""
+    """P-1: affine group of the 8 inversion centres; Pm-3m: origin at 1/2,1/2,1/2; Pmmm: 8 origins, 6 axes."""
     assert len(sg.normalizer_permutations(2)) == 1344
     assert sg.normalizer_permutations(221) == ("abcdefghijklmn", "badcfeghjilkmn")
     assert len(sg.normalizer_permutations(47)) == 48
