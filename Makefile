@@ -66,7 +66,8 @@ $(BUILD)/input.txt:
 	@mkdir -p $(@D) && echo 'input: $(CLOUD_DATA)' > $@
 
 # Tables and figures again from the results that are kept in results/$(PROFILE), without data or training.
-tables figures: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training
+figures: tables
+tables: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training (or: figures)
 	for name in $(NAMES); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
 	  --file params/$(PROFILE)/$$name.yaml -p stage restore || exit 1; done
 
@@ -100,5 +101,5 @@ clean:  ## remove build/; data, checkpoints, tables and figures stay
 
 help:  ## this list
 	@echo 'make TARGET [PROFILE=$(PROFILE)] [CLOUD_DATA=folder]    profiles: $(PROFILES)'
-	@awk -F ':.*## *' '/^[a-z ]+:.*##/ { printf "  %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "  %-8s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'one notebook with what it depends on, by number or name: $(NAMES)'

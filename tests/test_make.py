@@ -108,6 +108,12 @@ def test_failed_notebook_is_not_taken_for_finished(make):
     assert good.read_text() == "mended"
 
 
+def test_tables_and_figures_are_restored_once(make):
+    assert make("tables", "figures") == list(NAMES)
+    assert (make.root / "build/restored/demo/06_scaling_law.ipynb").exists()
+    assert make("all") == ["data", *NAMES]  # a restored notebook is not taken for a run one
+
+
 def test_unknown_profile_lists_the_profiles(make):
     make("all", "PROFILE=dmeo", status=2)
     assert "unknown PROFILE 'dmeo'; choose one of: demo smoke" in make.stderr
