@@ -24,6 +24,7 @@ __all__ = ["Crystal", "CrystalError", "Orbit", "SymmetryRecord", "as_crystal", "
            "symmetry_record"]
 
 ENGINES = ("auto", "spglib", "moyopy")
+_FALLBACK_MAX_SITES = 1000  # spglib needs a second there, and grows with the square
 _SPGLIB_ANGLE_TOLERANCE = 5.0  # degrees; pymatgen's default, hence that of the published code
 
 
@@ -112,7 +113,7 @@ def _search(crystal: Crystal, symprec: float, engine: str) -> _Found:
         try:
             return _search_moyopy(crystal, symprec)
         except CrystalError:
-            if engine == "moyopy":
+            if engine == "moyopy" or len(crystal.symbols) > _FALLBACK_MAX_SITES:
                 raise
     return _search_spglib(crystal, symprec)
 
