@@ -243,26 +243,45 @@ def overlap_report(corpus: Path, task_tables: dict[str, Path]) -> "pd.DataFrame"
     return pd.concat(found, ignore_index=True)[["task", "fold", "n", "by_formula_space_group", "by_canonical"]]
 
 
-def corpus_statistics(corpus: Path, styles: tuple[str, ...] = STYLES) -> dict[str, "pd.DataFrame"]:
-    """Tables space_groups, elements, lengths (words per string and style) and collisions, each with counts `n`.
+def corpus_statistics(corpus: Path, styles: tuple[str, ...] = STYLES) -> "pd.DataFrame":
+    """Counts `n` of crystals per `space_group`, per `element`, and per `style` and `n_tokens` of its strings.
 
-    A collision is a string that several crystals share: `shared_strings` of them, `crystals_sharing` in all.
+    One long table; `statistic` says which of the three a line is: space_groups, elements or lengths.
     """
+    import pandas as pd
+
     elements = "unnest(list_distinct(regexp_extract_all(formula_reduced, '[A-Z][a-z]?')))"
     lengths = [f"SELECT '{s}' AS style, len(string_split({s}, ' ')) AS n_tokens, count(*) AS n FROM corpus "
                f"WHERE {s} IS NOT NULL GROUP BY n_tokens" for s in styles]
-    collisions = [f"SELECT '{s}' AS style, sum(k)::BIGINT AS n, count(*) FILTER (k > 1) AS shared_strings, "
-                  f"coalesce(sum(k) FILTER (k > 1), 0)::BIGINT AS crystals_sharing "
-                  f"FROM (SELECT count(*) AS k FROM corpus WHERE {s} IS NOT NULL GROUP BY {s})" for s in styles]
     queries = {
         "space_groups": "SELECT space_group, count(*) AS n FROM corpus GROUP BY space_group ORDER BY space_group",
         "elements": f"SELECT element, count(*) AS n FROM (SELECT {elements} AS element FROM corpus) "
                     "GROUP BY element ORDER BY n DESC, element",
-        "lengths": f"{' UNION ALL '.join(lengths)} ORDER BY style, n_tokens",
-        "collisions": " UNION ALL ".join(collisions)}
+        "lengths": f"{' UNION ALL '.join(lengths)} ORDER BY style, n_tokens"}
     with duckdb.connect() as db:
         db.read_parquet(str(corpus)).create_view("corpus")
-        return {name: db.sql(query).df() for name, query in queries.items()}
+        found = {name: db.sql(query).df() for name, query in queries.items()}
+    return pd.concat(found, names=["statistic", None]).reset_index("statistic")
+
+
+def string_statistics(out_dir: Path, styles: tuple[str, ...] = STYLES) -> "pd.DataFrame":
+    """What each style can tell apart among all curated crystals, before de-duplication (a line per style).
+
+    Crystals count as different if their `site` strings differ. Columns: `style`, `strings`, `crystals`,
+    `strings_of_several` (shared by different crystals), `crystals_sharing`, and `crystals_written_differently` (one
+    crystal, several strings: the style depends on how the file lists the atoms).
+    """
+    query = """
+        WITH pairs AS (SELECT DISTINCT {s} AS text, site FROM crystals WHERE {s} IS NOT NULL AND site IS NOT NULL),
+             by_text AS (SELECT count(*) AS k FROM pairs GROUP BY text),
+             by_site AS (SELECT count(*) AS k FROM pairs GROUP BY site)
+        SELECT '{s}' AS style, (SELECT count(*) FROM by_text) AS strings, (SELECT count(*) FROM by_site) AS crystals,
+               (SELECT count(*) FILTER (k > 1) FROM by_text) AS strings_of_several,
+               (SELECT coalesce(sum(k) FILTER (k > 1), 0)::BIGINT FROM by_text) AS crystals_sharing,
+               (SELECT count(*) FILTER (k > 1) FROM by_site) AS crystals_written_differently"""
+    with duckdb.connect() as db:
+        db.read_parquet(f"{out_dir / 'partitions'}/*.parquet").create_view("crystals")
+        return db.sql(" UNION ALL ".join(f"({query.format(s=s)})" for s in styles)).df()
 
 
 # ------------------------------------------------------------------------------------------------ packing

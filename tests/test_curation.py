@@ -228,11 +228,21 @@ def test_packed_tokens_decode_to_the_strings(corpus, task, tmp_path):
 
 
 def test_statistics(corpus):
-    statistics = curation.corpus_statistics(corpus[0] / "corpus.parquet")
-    assert statistics["space_groups"].to_numpy().tolist() == [[221, 20], [225, 24]]
-    assert statistics["elements"].set_index("element").n["O"] == 26
-    assert (statistics["lengths"].groupby("style").n.sum() == 44).all()
-    assert (statistics["collisions"].n == 44).all() and (statistics["collisions"].shared_strings == 0).all()
+    table = curation.corpus_statistics(corpus[0] / "corpus.parquet").set_index("statistic")
+    assert table.loc["space_groups", ["space_group", "n"]].to_numpy().tolist() == [[221, 20], [225, 24]]
+    assert table.loc["elements"].set_index("element").n["O"] == 26
+    assert (table.loc["lengths"].groupby("style").n.sum() == 44).all()
+
+
+def test_string_statistics_know_the_crystals_that_the_file_order_splits(tmp_path):
+    rows = [("A", "p1", "c1", "s1"), ("B", "p2", "c1", "s1"), ("C", "p2", "c1", "s2"), ("D", "p3", "c2", "s3")]
+    folder = tmp_path / "partitions"
+    folder.mkdir()
+    pd.DataFrame(rows, columns=["material_id", "paper", "canonical", "site"]).to_parquet(folder / "1.parquet")
+    found = curation.string_statistics(tmp_path).set_index("style")
+    assert found["strings"].to_dict() == {"paper": 3, "canonical": 2, "site": 3} and (found["crystals"] == 3).all()
+    assert found["crystals_sharing"].to_dict() == {"paper": 2, "canonical": 2, "site": 0}
+    assert found["crystals_written_differently"].to_dict() == {"paper": 1, "canonical": 0, "site": 0}
 
 
 def test_dask_gives_the_same_bytes_also_when_a_worker_is_lost(corpus, tmp_path):
