@@ -73,6 +73,30 @@ def _cmd_string(args: argparse.Namespace) -> None:
         print(f"{n_errors} of {n_rows} crystals have no string, see their error", file=sys.stderr)
 
 
+def _cmd_predict(args: argparse.Namespace) -> None:
+    import csv
+
+    from cloud_lib import predict
+    from cloud_lib.dataset import PackedTokens
+    from cloud_lib.representation import describe
+    from cloud_lib.tokenizer import Tokenizer
+
+    style = predict.model_meta(args.models[0]).get("style", "canonical")
+    rows = [row for path in args.paths for row in describe(path, style, args.symprec)]
+    good, tokenizer = [row for row in rows if row["error"] is None], Tokenizer.default()
+    if good:
+        tokens, offsets = tokenizer.encode_many(row["string"] for row in good)
+        meta = {"vocab_sha256": tokenizer.sha256, "style": style}
+        packed = PackedTokens(Path("strings"), tokens, offsets, meta)
+        for row, mean, std in zip(good, *predict.predict_ensemble(args.models, packed, precision="fp32")):
+            row |= {"prediction": float(mean), "std": float(std) if len(args.models) > 1 else None}
+    columns = ["material_id", "formula_reduced", "space_group", "prediction", "std", "string", "error",
+               "file"]
+    writer = csv.DictWriter(sys.stdout, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
 def _cmd_harvest(args: argparse.Namespace) -> None:
     import pandas as pd
 
@@ -167,6 +191,14 @@ def build_parser() -> argparse.ArgumentParser:
     string.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
     string.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")
     string.set_defaults(run=_cmd_string)
+
+    predict = commands.add_parser("predict", help="predict a property of crystals with fine-tuned models")
+    predict.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="as for string")
+    predict.add_argument("--models", type=Path, nargs="+", required=True, metavar="FOLDER",
+                         help="<run>/model of one or several fine-tuned models; several give mean and std")
+    predict.add_argument("--symprec", type=float, default=0.01,
+                         help="tolerance in angstrom, as in training (default: %(default)s)")
+    predict.set_defaults(run=_cmd_predict)
     _add_curation(commands)
     return parser
 

@@ -260,11 +260,12 @@ def mask_batch(batch: Batch, meta: dict[str, Any], mask_prob: float, seed: Seque
         mask_prob: probability of each ordinary token; the paper uses 0.15.
         seed: e.g. (seed, step); the masks depend on nothing else.
     """
-    rng = np.random.default_rng(seed)
+    rng, is_ordinary = np.random.default_rng(seed), np.asarray(meta["part_of_id"]) > 0
     chosen, kind = rng.random((2, len(batch.input_ids)))
-    masked = np.flatnonzero((chosen < mask_prob) & (batch.input_ids >= meta["n_special"]))
+    masked = np.flatnonzero((chosen < mask_prob) & is_ordinary[batch.input_ids])
     labels, kind = batch.input_ids[masked], kind[masked]
-    random_ids = rng.integers(meta["n_special"], meta["vocab_size"], len(masked))
+    ordinary = np.flatnonzero(is_ordinary)
+    random_ids = ordinary[rng.integers(len(ordinary), size=len(masked))]
     input_ids = batch.input_ids.copy()
     changed = np.where(kind < KEEP + RANDOM, random_ids, meta["mask_id"])
     input_ids[masked] = np.where(kind < KEEP, labels, changed)
@@ -321,14 +322,14 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
     smoothed with the unigram; special tokens are never predicted. Returns {name: {"loss" [nats], "accuracy",
     "accuracy_by_part"}}.
     """
-    vocab_size, n_special = packed.meta["vocab_size"], packed.meta["n_special"]
+    vocab_size, part_of_id = packed.meta["vocab_size"], np.asarray(packed.meta["part_of_id"])
     counts = np.zeros((packed.meta["max_length"], vocab_size))
     for chunk in np.array_split(train_rows, max(1, len(train_rows) // 100_000)):
         tokens, lengths = gather(packed, chunk)
         cells = _ranges(lengths) * vocab_size + tokens
         counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
-    counts[:, :n_special] = 0
-    unigram = counts.sum(0) + (np.arange(vocab_size) >= n_special)
+    counts[:, part_of_id == 0] = 0
+    unigram = counts.sum(0) + (part_of_id > 0)
     unigram /= unigram.sum()
     by_position = (counts + unigram) / (counts.sum(1, keepdims=True) + 1)
     labels, positions = [], []
@@ -336,7 +337,7 @@ def frequency_baselines(packed: PackedTokens, train_rows: np.ndarray,
         labels.append(batch.labels)
         positions.append(batch.position_ids()[batch.masked])
     label, position = np.concatenate(labels), np.concatenate(positions)
-    part = np.asarray(packed.meta["part_of_id"])[label]
+    part = part_of_id[label]
     scores = {"unigram": np.broadcast_to(unigram, counts.shape), "position": by_position}
     return {name: {"loss": float(-np.log(p[position, label]).mean()),
                    **_accuracies(p.argmax(1)[position] == label, part)}

@@ -52,7 +52,7 @@ def embeddings(model_dir: str | os.PathLike, packed: PackedTokens, device: str =
     Raises: as `predict`.
     """
     bert = models.load_encoder(str(model_dir)).eval()
-    _require_fit(packed, _meta(model_dir), bert, model_dir)
+    _require_fit(packed, model_meta(model_dir), bert, model_dir)
     return _forward(bert, lambda batch: models.encode_cls(bert, batch).float(), packed, device, precision,
                     token_budget)
 
@@ -90,7 +90,8 @@ def _forward(module: nn.Module, call: Callable[[Packed], Tensor], packed: Packed
     return out
 
 
-def _meta(model_dir: str | os.PathLike) -> dict:
+def model_meta(model_dir: str | os.PathLike) -> dict:
+    """What a model folder says about itself (vocabulary, style, task, scale); empty for a foreign model."""
     file = Path(model_dir) / models.META_FILE
     return io.read_json(file) if file.is_file() else {}
 
