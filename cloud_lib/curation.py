@@ -1,4 +1,4 @@
-"""The corpus and the task tables: distinct crystals with their symmetry strings, counted, compared and packed.
+"""The corpus and the task tables: distinct crystals with their strings, counted, compared and packed.
 
 De-duplication and statistics are SQL on Parquet (DuckDB): more rows than memory go through the disk, and the
 corpus depends neither on the order of the input nor on the number of workers or the size of the partitions.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cloud_lib.tokenizer import Tokenizer
 
-PAPER_KEY = ("formula_reduced", "space_group")  # CLOUD, section 4.1: same formula and space group = duplicates
+PAPER_KEY = ("formula_reduced", "space_group")  # CLOUD, section 4.1: equal in both = duplicates
 ROW_GROUP = 100_000
 
 
@@ -85,25 +85,27 @@ def curate(crystals: Iterable[tuple[str, str, Any]], out_dir: Path, symprec: flo
     Writes corpus.parquet, rejects.parquet, manifest.json and partitions/ into `out_dir`.
 
     Args:
-        crystals: (material_id, source, structure); a structure is what `symmetry.as_crystal` takes, or the bytes
-            of an OPTIMADE entry.
+        crystals: (material_id, source, structure); a structure is what `symmetry.as_crystal` takes, or the
+            bytes of an OPTIMADE entry.
         symprec: tolerance of the symmetry search [A].
         key: columns that make two crystals duplicates.
-        executor: any concurrent.futures executor whose workers see `out_dir`, for example that of a Dask client,
-            `client.get_executor()`; default: `n_workers` local processes.
+        executor: any concurrent.futures executor whose workers see `out_dir`, for example that of a Dask
+            client, `client.get_executor()`; default: `n_workers` local processes.
         memory: what the de-duplication may hold before it goes through the disk.
 
     Raises:
         ValueError: an unknown style, no crystals, or not one usable.
     """
     settings, out_dir = Settings(symprec, engine, generators, tuple(styles)), Path(out_dir)
-    paths, inputs = run_partitions(crystals, out_dir / "partitions", settings, n_workers, partition_size, executor)
+    paths, inputs = run_partitions(crystals, out_dir / "partitions", settings, n_workers, partition_size,
+                                   executor)
     with _database(paths, inputs, out_dir, n_workers, memory) as db:
         counts = deduplicate(db, out_dir / "corpus.parquet", settings.styles, key)
         counts["rejects"] = _write_rejects(db, out_dir / "rejects.parquet")
+    outputs = {name: io.sha256(out_dir / name) for name in ("corpus.parquet", "rejects.parquet")}
+    versions = {name: version(name) for name in ("spglib", "moyopy", "duckdb")}
     manifest = {"settings": settings, "key": list(key), "inputs": inputs, "counts": counts,
-                "versions": {name: version(name) for name in ("spglib", "moyopy", "duckdb")},
-                "outputs": {name: io.sha256(out_dir / name) for name in ("corpus.parquet", "rejects.parquet")}}
+                "versions": versions, "outputs": outputs}
     for stale in set((out_dir / "partitions").glob("*.parquet")) - set(paths):
         stale.unlink()
     io.write_json(out_dir / "manifest.json", manifest)
@@ -121,8 +123,9 @@ def _database(paths: list[Path], inputs: dict, folder: Path, n_threads: int, mem
     n = sum(source["n"] for source in inputs.values())
     if not n:
         raise ValueError("expected crystals to curate, found none; run make data, or check the input")
-    settings = {"threads": max(1, n_threads), "memory_limit": memory, "temp_directory": str(folder / ".spill"),
-                "disabled_optimizers": "statistics_propagation"}  # it makes the schema depend on the partitions
+    settings = {"threads": max(1, n_threads), "memory_limit": memory,
+                "temp_directory": str(folder / ".spill"),
+                "disabled_optimizers": "statistics_propagation"}  # else partitions decide what is nullable
     with duckdb.connect(config=settings) as db:
         db.read_parquet([str(path) for path in paths]).create_view("everything")
         db.sql("SELECT * EXCLUDE (stage, error) FROM everything WHERE stage IS NULL").create_view("usable")
@@ -134,7 +137,7 @@ def _database(paths: list[Path], inputs: dict, folder: Path, n_threads: int, mem
 
 def deduplicate(db: duckdb.DuckDBPyConnection, target: Path, styles: tuple[str, ...] = STYLES,
                 key: tuple[str, ...] = PAPER_KEY) -> dict:
-    """Write one row per `key` of the view `usable`: the smallest volume per atom, ties by material_id, source.
+    """Write one row per `key` of the view `usable`: the smallest volume per atom, then the first material_id.
 
     Rows are sorted by material_id and source. A material_id that a source repeats counts once. Returns counts:
     usable, repeated_ids, corpus, and per key the distinct crystals and how many de-duplication by it removes.
@@ -143,13 +146,13 @@ def deduplicate(db: duckdb.DuckDBPyConnection, target: Path, styles: tuple[str, 
     n_once = _count(db, "(SELECT DISTINCT source, material_id FROM usable)")
     order = "volume_per_atom, material_id, source"
     first = "SELECT * FROM usable" if n_once == n_usable else (
-        "SELECT * FROM usable QUALIFY row_number() OVER (PARTITION BY source, material_id ORDER BY volume_per_atom, "
-        f"{', '.join(FACTS)}, {', '.join(styles)}) = 1")
+        "SELECT * FROM usable QUALIFY row_number() OVER (PARTITION BY source, material_id "
+        f"ORDER BY volume_per_atom, {', '.join(FACTS)}, {', '.join(styles)}) = 1")
     db.sql(first).create_view("once", replace=True)
-    _copy(db, f"SELECT * FROM once QUALIFY row_number() OVER (PARTITION BY {', '.join(key)} ORDER BY {order}) = 1 "
-              "ORDER BY material_id, source", target)
+    _copy(db, "SELECT * FROM once QUALIFY row_number() OVER "
+              f"(PARTITION BY {', '.join(key)} ORDER BY {order}) = 1 ORDER BY material_id, source", target)
     keys = {"formula_space_group": PAPER_KEY} | {style: (style,) for style in styles}
-    present = {name: f"(SELECT {', '.join(c)} FROM once WHERE {c[0]} IS NOT NULL)" for name, c in keys.items()}
+    present = {name: f"(SELECT {', '.join(k)} FROM once WHERE {k[0]} IS NOT NULL)" for name, k in keys.items()}
     distinct = {name: _count(db, f"(SELECT DISTINCT * FROM {table})") for name, table in present.items()}
     removed = {name: _count(db, table) - distinct[name] for name, table in present.items()}
     return {"usable": n_usable, "repeated_ids": n_usable - n_once, "distinct": distinct, "removed": removed,
@@ -178,11 +181,12 @@ def _write_rejects(db: duckdb.DuckDBPyConnection, target: Path) -> dict[str, int
 
 # --------------------------------------------------------------------------------------------------- tasks
 def prepare_task(df: "pd.DataFrame", out_dir: Path, task: str, symprec: float = 0.01, n_workers: int = 2,
-                 styles: tuple[str, ...] = STYLES, engine: str = "auto", generators: str = "corrected") -> dict:
+                 styles: tuple[str, ...] = STYLES, engine: str = "auto", generators: str = "corrected"
+                 ) -> dict:
     """Task table with strings from a `sources.load_task` frame; returns its accounting.
 
-    Writes <task>.parquet (usable rows, in the official order), <task>.rejects.parquet and <task>.json: the frame's
-    attributes (rows of rows_official), `n_available` rows read, of which `n_usable` have strings.
+    Writes <task>.parquet (usable rows, in the official order), <task>.rejects.parquet and <task>.json: the
+    frame's attributes (rows of rows_official), `n_available` rows read, of which `n_usable` have strings.
 
     Args:
         df: columns material_id, structure, target, fold, row.
@@ -203,7 +207,8 @@ def prepare_task(df: "pd.DataFrame", out_dir: Path, task: str, symprec: float = 
         columns = ", ".join(["material_id", "row", "fold", "target", *FACTS, *settings.styles])
         _copy(db, f"SELECT {columns} FROM usable JOIN labels USING (material_id) ORDER BY row",
               out_dir / f"{task}.parquet")
-        accounting = {"task": task, **_attributes(df), "n_available": len(ids), "n_usable": _count(db, "usable"),
+        accounting = {"task": task, **_attributes(df), "n_available": len(ids),
+                      "n_usable": _count(db, "usable"),
                       "rejects": _write_rejects(db, out_dir / f"{task}.rejects.parquet")}
     accounting |= {"settings": settings, "inputs": inputs, "sha256": io.sha256(out_dir / f"{task}.parquet")}
     io.write_json(out_dir / f"{task}.json", accounting)
@@ -224,7 +229,7 @@ def exclusion_keys(task_tables: dict[str, Path]) -> "pd.DataFrame":
 
 
 def overlap_report(corpus: Path, task_tables: dict[str, Path]) -> "pd.DataFrame":
-    """Test crystals that occur in the corpus: task, fold, n, by_formula_space_group, by_canonical (counts)."""
+    """Test crystals that the corpus holds: task, fold, and counts n, by_formula_space_group, by_canonical."""
     import pandas as pd
 
     found = []
@@ -240,7 +245,8 @@ def overlap_report(corpus: Path, task_tables: dict[str, Path]) -> "pd.DataFrame"
                     USING (formula_reduced, space_group)
                 LEFT JOIN (SELECT DISTINCT canonical FROM corpus) AS strings USING (canonical)
                 GROUP BY fold ORDER BY fold""").df().assign(task=task))
-    return pd.concat(found, ignore_index=True)[["task", "fold", "n", "by_formula_space_group", "by_canonical"]]
+    columns = ["task", "fold", "n", "by_formula_space_group", "by_canonical"]
+    return pd.concat(found, ignore_index=True)[columns]
 
 
 def corpus_statistics(corpus: Path, styles: tuple[str, ...] = STYLES) -> "pd.DataFrame":
@@ -254,7 +260,8 @@ def corpus_statistics(corpus: Path, styles: tuple[str, ...] = STYLES) -> "pd.Dat
     lengths = [f"SELECT '{s}' AS style, len(string_split({s}, ' ')) AS n_tokens, count(*) AS n FROM corpus "
                f"WHERE {s} IS NOT NULL GROUP BY n_tokens" for s in styles]
     queries = {
-        "space_groups": "SELECT space_group, count(*) AS n FROM corpus GROUP BY space_group ORDER BY space_group",
+        "space_groups": "SELECT space_group, count(*) AS n FROM corpus GROUP BY space_group "
+                        "ORDER BY space_group",
         "elements": f"SELECT element, count(*) AS n FROM (SELECT {elements} AS element FROM corpus) "
                     "GROUP BY element ORDER BY n DESC, element",
         "lengths": f"{' UNION ALL '.join(lengths)} ORDER BY style, n_tokens"}
@@ -310,8 +317,8 @@ def pack_corpus(corpus: Path, style: str, tokenizer: "Tokenizer", out_dir: Path,
                          ).fetchnumpy()[style]
     if not len(strings):
         raise ValueError(f"expected strings of style {style} in {corpus}, found none")
-    counts = {"n": len(strings), "n_distinct_strings": len(set(strings)), "n_without_string": n_kept - len(strings),
-              "n_excluded": n_all - n_kept}
+    counts = {"n": len(strings), "n_distinct_strings": len(set(strings)),
+              "n_without_string": n_kept - len(strings), "n_excluded": n_all - n_kept}
     _pack(strings, style, tokenizer, Path(out_dir), counts)
     return counts
 
@@ -324,7 +331,8 @@ def pack_task(task_table: Path, style: str, tokenizer: "Tokenizer", out_dir: Pat
     usable = table.dropna(subset=[style])
     counts = {"n": len(usable), "n_without_string": len(table) - len(usable)}
     labels = {name: usable[name].to_numpy() for name in ("target", "fold", "row")}
-    _pack(usable[style].tolist(), style, tokenizer, Path(out_dir), counts, labels, usable["material_id"].tolist())
+    names = usable["material_id"].tolist()
+    _pack(usable[style].tolist(), style, tokenizer, Path(out_dir), counts, labels, names)
     return counts
 
 

@@ -1,9 +1,9 @@
 """New crystals as strings: charge-balanced element substitutions into the corpus's Wyckoff prototypes.
 
-A prototype is a space group with occupied Wyckoff positions, its elements forgotten. Elements are drawn for it so
-that common oxidation states (pymatgen's) add up to zero and every cation is less electronegative than every
-anion. No coordinates are made; whether such a crystal exists is not asked. Strings stream to Parquet, each once
-and none that the corpus holds; memory grows by 8 bytes per string.
+A prototype is a space group with occupied Wyckoff positions, its elements forgotten. Elements are drawn for
+it so that common oxidation states (pymatgen's) add up to zero and every cation is less electronegative than
+every anion. No coordinates are made; whether such a crystal exists is not asked. Strings stream to Parquet, each
+once and none that the corpus holds; memory grows by 8 bytes per string.
 """
 
 import hashlib
@@ -55,7 +55,8 @@ def prototypes(corpus: Path) -> list[Prototype]:
         slots = _slots(text) if text else ()
         if 2 <= len(slots) <= MAX_ELEMENTS:
             found.setdefault((group, _smallest(group, slots)), material_id)
-    return sorted(Prototype(_amounts(group, slots), group, slots, first) for (group, slots), first in found.items())
+    return sorted(Prototype(_amounts(group, slots), group, slots, first)
+                  for (group, slots), first in found.items())
 
 
 def _slots(text: str) -> Slots:
@@ -93,7 +94,7 @@ class Ions:
             row[:len(ranks)] = ranks
 
     def balanced(self, amounts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Choices of charges (n, k), as indices, with amounts @ charges = 0, and how many element choices each has."""
+        """Choices of charges, as indices (n, k), with amounts @ charges = 0; (n,) element choices of each."""
         grid = np.indices((len(self.charges),) * len(amounts), dtype=np.int8).reshape(len(amounts), -1)
         total = sum(amount * self.charges[row] for amount, row in zip(amounts, grid, strict=True))
         choices = grid[:, total == 0].T.astype(np.int64)
@@ -101,7 +102,7 @@ class Ions:
         return choices, self.counts[choices].prod(axis=1)
 
     def draw(self, amounts: tuple[int, ...], n: int, rng: np.random.Generator) -> np.ndarray:
-        """Ranks of elements (n, k); rows that break a rule are -1. Every balanced choice is equally likely."""
+        """Ranks of elements (n, k), -1 where a rule is broken; every balanced choice is equally likely."""
         choices, weights = self.balanced(amounts)
         if not len(choices):
             return np.full((n, len(amounts)), -1)
@@ -130,10 +131,11 @@ def _row(prototype: Prototype, elements: list[str]) -> dict:
     sizes = multiplicities(prototype.space_group)
     orbits = tuple(Orbit(element, LETTERS[i], sizes[LETTERS[i]], "") for element, slot in
                    zip(elements, prototype.slots, strict=True) for i, n in slot for _ in range(n))
-    record = SymmetryRecord(prototype.space_group, 0, "", orbits, dict(zip(elements, prototype.amounts, strict=True)),
-                            nan, nan, "substitution")
-    return {"source": "generated", "prototype": prototype.material_id, "formula_reduced": record.formula_reduced,
-            "space_group": prototype.space_group, **{style: string(record, style) for style in STYLES}}
+    amounts = dict(zip(elements, prototype.amounts, strict=True))
+    record = SymmetryRecord(prototype.space_group, 0, "", orbits, amounts, nan, nan, "substitution")
+    return {"source": "generated", "prototype": prototype.material_id,
+            "formula_reduced": record.formula_reduced, "space_group": prototype.space_group,
+            **{style: string(record, style) for style in STYLES}}
 
 
 def candidates(found: list[Prototype], ions: Ions, rng: np.random.Generator) -> Iterator[dict]:
@@ -155,7 +157,7 @@ class Seen:
         self.digests = np.zeros(0, np.uint64)
 
     def new(self, texts: list[str]) -> np.ndarray:
-        """Indices of the texts that are seen for the first time, in their order; they count as seen from now on."""
+        """Indices of the texts never seen before, in their order; they count as seen from now on."""
         packed = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
         digests, first = np.unique(np.frombuffer(packed, np.uint64), return_index=True)
         at = np.searchsorted(self.digests, digests)
@@ -177,11 +179,11 @@ def write(corpus: Path, target: Path, n: int, seed: int = 0) -> dict:
     found = prototypes(corpus)
     if not found:
         raise ValueError(f"expected site strings with 2 to {MAX_ELEMENTS} elements in {corpus}, found none")
-    seen, counts = Seen(), {"n": 0, "n_prototypes": len(found), "n_candidates": 0}
-    counts["n_corpus"] = len(seen.new(pq.read_table(corpus, columns=["site"])["site"].drop_null().to_pylist()))
+    seen, known = Seen(), pq.read_table(corpus, columns=["site"])["site"].drop_null().to_pylist()
+    counts = {"n": 0, "n_prototypes": len(found), "n_candidates": 0, "n_corpus": len(seen.new(known))}
     rows = candidates(found, Ions(oxidation_states(corpus)), np.random.default_rng(seed))
     bar = tqdm(total=n, desc="generate", unit=" strings", unit_scale=True, disable=None)
-    with io.atomic_path(target) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+    with io.atomic_path(target) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer:
         while counts["n"] < n:
             batch = _take(rows)
             fresh = [batch[i] for i in seen.new([row["site"] for row in batch])][:n - counts["n"]]

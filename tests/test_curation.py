@@ -40,18 +40,20 @@ def perovskite(name, a_site, b_site, x_site="O", a=4.0):
 
 def rock_salt(name, cation, anion, a=4.2):
     half = [(0, 0, 0), (0, .5, .5), (.5, 0, .5), (.5, .5, 0)]
-    return cubic(name, [(cation, p) for p in half] + [(anion, ((p[0] + .5) % 1, p[1], p[2])) for p in half], a)
+    moved = [((x + .5) % 1, y, z) for x, y, z in half]
+    return cubic(name, [(cation, p) for p in half] + [(anion, p) for p in moved], a)
 
 
 def crystals():
     """About 60 distinct ones, two of them twice at other volumes, and three that are none."""
-    found = [perovskite(f"p-{a}-{b}", a, b) for a in ("Ca", "Sr", "Ba", "Pb", "K") for b in ("Ti", "Zr", "Sn", "Nb")]
-    found += [rock_salt(f"r-{c}-{x}", c, x) for c in ("Li", "Na", "K", "Mg", "Ca", "Sr") for x in ("F", "Cl", "O", "S")]
+    found = [perovskite(f"p-{a}-{b}", a, b) for a in "Ca Sr Ba Pb K".split() for b in "Ti Zr Sn Nb".split()]
+    found += [rock_salt(f"r-{c}-{x}", c, x) for c in "Li Na K Mg Ca Sr".split() for x in "F Cl O S".split()]
     found += [perovskite("a-larger", "Ba", "Ti", a=4.2), perovskite("z-smaller", "Sr", "Ti", a=3.9)]
     bad = cubic("bad-overlap", [("Na", (0, 0, 0)), ("Cl", (0, 0, .01))])
     disordered = rock_salt("bad-disorder", "Na", "Cl")
     disordered["attributes"]["species"][0] |= {"chemical_symbols": ["Na", "K"], "concentration": [.5, .5]}
-    return [(e["id"], "test", e) for e in [*found, bad, disordered, cubic("bad-element", [("Xx", (0, 0, 0))])]]
+    found += [bad, disordered, cubic("bad-element", [("Xx", (0, 0, 0))])]
+    return [(entry["id"], "test", entry) for entry in found]
 
 
 def read(path):
@@ -134,9 +136,10 @@ def deadly(items, settings):
 
 def test_a_crystal_that_kills_its_process_is_one_reject():
     names = ("p-K-Ti", "p-K-Nb", "p-Sr-Ti")
-    items = [(name, source, json.dumps(entry).encode()) for name, source, entry in crystals() if name in names]
+    items = [(name, "test", json.dumps(entry).encode()) for name, _, entry in crystals() if name in names]
     found = partitions._isolated(items, partitions.Settings(), deadly)
-    assert {row["material_id"]: row.get("stage") for row in found} == dict.fromkeys(names) | {"p-K-Nb": "crash"}
+    stages = {row["material_id"]: row.get("stage") for row in found}
+    assert stages == dict.fromkeys(names) | {"p-K-Nb": "crash"}
 
 
 def test_long_strings_are_null_and_counted(tmp_path, monkeypatch):
@@ -157,7 +160,8 @@ def test_repeated_material_id_counts_once(tmp_path):
     assert manifest["counts"]["repeated_ids"] == 2
     table = read(tmp_path / "corpus.parquet")
     assert not table.duplicated(["source", "material_id"]).any()
-    assert table.loc[table.material_id == "p-Ca-Ti", "volume_per_atom"].tolist() == [pytest.approx(3.7**3 / 5)]
+    volume, = table.loc[table.material_id == "p-Ca-Ti", "volume_per_atom"]
+    assert volume == pytest.approx(3.7**3 / 5)
 
 
 def test_bad_input_ends_in_one_clear_error(tmp_path):
@@ -183,7 +187,8 @@ def test_unparsable_line_is_a_reject(tmp_path):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    names, _, structures = zip(*[c for c in crystals() if c[0].startswith("p-") or c[0] == "bad-overlap"], strict=True)
+    chosen = [c for c in crystals() if c[0].startswith("p-") or c[0] == "bad-overlap"]
+    names, _, structures = zip(*chosen, strict=True)
     df = pd.DataFrame({"material_id": names, "structure": structures, "target": np.arange(len(names)) / 7.0,
                        "fold": np.arange(len(names)) % 5, "row": np.arange(len(names))[::-1]})
     df.attrs = {"rows": 21, "rows_official": 30, "folds": "official"}
@@ -204,14 +209,15 @@ def test_task_table_keeps_the_account_of_its_rows(task):
 
 def test_overlap_and_exclusion(corpus, task, tmp_path):
     tables = {"toy": task[0] / "toy.parquet"}
-    half = duckdb.read_parquet(str(corpus[0] / "corpus.parquet")).filter("material_id LIKE 'p-Ba%' OR space_group = 225")
-    half.write_parquet(str(tmp_path / "half.parquet"))
+    half = duckdb.read_parquet(str(corpus[0] / "corpus.parquet"))
+    half.filter("material_id LIKE 'p-Ba%' OR space_group = 225").write_parquet(str(tmp_path / "half.parquet"))
     report = curation.overlap_report(tmp_path / "half.parquet", tables)
     assert report["n"].tolist() == [4] * 5
-    assert report["by_formula_space_group"].sum() == report["by_canonical"].sum() == 4  # Ba with Ti, Zr, Sn, Nb
+    assert report["by_formula_space_group"].sum() == report["by_canonical"].sum() == 4  # Ba, Ti to Nb
     keys = curation.exclusion_keys(tables)
     assert len(keys) == 20
-    counts = curation.pack_corpus(tmp_path / "half.parquet", "canonical", Tokenizer.default(), tmp_path / "x", keys)
+    tokenizer = Tokenizer.default()
+    counts = curation.pack_corpus(tmp_path / "half.parquet", "canonical", tokenizer, tmp_path / "x", keys)
     assert (counts["n"], counts["n_excluded"]) == (24, 4)
 
 
@@ -223,8 +229,9 @@ def test_packed_tokens_decode_to_the_strings(corpus, task, tmp_path):
     assert [tokenizer.decode(packed.item(i)) for i in range(len(packed))] == table["site"].tolist()
     counts = curation.pack_task(task[0] / "toy.parquet", "canonical", tokenizer, tmp_path / "toy")
     packed, table = PackedTokens.open(tmp_path / "toy"), read(task[0] / "toy.parquet")
-    assert counts == {"n": 20, "n_without_string": 0} and packed.material_id() == table["material_id"].tolist()
-    assert (packed.labels()["target"] == table["target"]).all() and (packed.labels()["fold"] == table["fold"]).all()
+    assert counts == {"n": 20, "n_without_string": 0}
+    assert packed.material_id() == table["material_id"].tolist()
+    assert all((packed.labels()[name] == table[name]).all() for name in ("target", "fold", "row"))
 
 
 def test_statistics(corpus):

@@ -14,6 +14,13 @@ from cloud_lib.tokenizer import Tokenizer
 from test_curation import crystals, rock_salt
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "BATCH", 5000)
+        yield
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -69,7 +76,8 @@ def test_exhaustive_on_a_small_space(tmp_path):
 
 def test_same_seed_same_file_and_fewer_are_a_prefix(corpus, generated, tmp_path):
     again = generate.write(corpus, tmp_path / "again.parquet", 10_000, seed=1)
-    assert again == generated[0] and pq.read_table(tmp_path / "again.parquet").to_pandas().equals(generated[1])
+    assert again == generated[0]
+    assert pq.read_table(tmp_path / "again.parquet").to_pandas().equals(generated[1])
     generate.write(corpus, tmp_path / "few.parquet", 50, seed=1)
     assert pq.read_table(tmp_path / "few.parquet").to_pandas().equals(generated[1][:50])
 

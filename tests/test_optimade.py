@@ -17,11 +17,14 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from cloud_lib.sources import optimade
-from cloud_lib.sources.optimade import HarvestConfig, Store, discover, harvest, iter_structures, known_databases
+from cloud_lib.sources.optimade import (
+    HarvestConfig, Store, discover, harvest, iter_structures, known_databases,
+)
 
 FAST = HarvestConfig(page_limit=10, min_interval=0, backoff=0.001, timeout=2, deadline=0.5, max_attempts=30,
                      repair_passes=6)
-FAULTS = ("429", "500", "404", "cut", "drip", "reset", "html", "no data", "repeat", "skip", "end early", "empty")
+FAULTS = ("429", "500", "404", "cut", "drip", "reset", "html", "no data", "repeat", "skip", "end early",
+          "empty")
 
 
 class Server(ThreadingHTTPServer):
@@ -239,8 +242,9 @@ def test_databases_of_the_paper():
 def test_discovery_falls_back_to_the_table(monkeypatch):
     index = {"http://list": [{"id": "mp", "attributes": {"base_url": "http://mp"}},
                              {"id": "cod", "attributes": {"base_url": None}}],
-             "http://mp/v1/links": [{"id": "a", "attributes": {"base_url": {"href": "http://a"}, "link_type": "child"}},
-                                    {"id": "up", "attributes": {"base_url": "http://up", "link_type": "root"}}]}
+             "http://mp/v1/links": [
+                 {"id": "a", "attributes": {"base_url": {"href": "http://a"}, "link_type": "child"}},
+                 {"id": "up", "attributes": {"base_url": "http://up", "link_type": "root"}}]}
     monkeypatch.setattr(optimade, "_links", lambda client, url: index.get(url, []))
     assert discover(["mp", "cod"], "http://list") == {"mp.a": "http://a", **known_databases(["cod"])}
     monkeypatch.undo()

@@ -1,8 +1,8 @@
 """Harvest of OPTIMADE databases: raw pages on disk, resumable, each structure once.
 
-Layout below the harvest folder, one sub-folder per database: pages/00000000.json.gz are the bodies as they came;
-index.jsonl has one line per stored page (address, next address, sha256, digests of its ids) and is what a
-killed harvest continues from; done.json marks a finished database. OPTIMADE 1.x; servers that drop, repeat,
+Layout below the harvest folder, one sub-folder per database: pages/00000000.json.gz are the bodies as they
+came; index.jsonl has one line per stored page (address, next address, sha256, digests of its ids) and is what
+a killed harvest continues from; done.json marks a finished database. OPTIMADE 1.x; servers that drop, repeat,
 cut, delay or garble answers are retried, and the ids seen are compared with the count that the server states.
 """
 
@@ -29,7 +29,7 @@ from .. import io
 
 PROVIDERS_LIST = "https://providers.optimade.org/v1/links"
 FIELDS = ("lattice_vectors", "cartesian_site_positions", "species_at_sites", "species", "structure_features")
-# The 14 databases of CLOUD (section 4.1) by provider, base addresses as listed in 2026; `discover` refreshes them.
+# The 14 databases of CLOUD (section 4.1) by provider, addresses as listed in 2026; `discover` refreshes them.
 DATABASES = {
     "aflow": ("https://aflow.org/API/optimade",),
     "alexandria": ("https://alexandria.icams.rub.de/pbe", "https://alexandria.icams.rub.de/pbesol"),
@@ -221,8 +221,9 @@ class _Harvest:
         self.requests = 0
         self.visited = {line["url"] for line in self.store.lines}
         self.repairing = False
-        agent = {"User-Agent": "cloud_lib OPTIMADE harvest", "Accept": "application/vnd.api+json, application/json"}
-        self.client = httpx.Client(timeout=config.timeout, headers=agent, follow_redirects=True)
+        headers = {"User-Agent": "cloud_lib OPTIMADE harvest",
+                   "Accept": "application/vnd.api+json, application/json"}
+        self.client = httpx.Client(timeout=config.timeout, headers=headers, follow_redirects=True)
 
     # -- requests
     def _body(self, url: str) -> bytes:
@@ -236,7 +237,8 @@ class _Harvest:
                 if time.monotonic() > end:
                     raise httpx.ReadTimeout(f"answer not complete after {self.config.deadline:g} s")
         if answer.status_code != 200:
-            raise httpx.HTTPStatusError(f"status {answer.status_code}", request=answer.request, response=answer)
+            raise httpx.HTTPStatusError(f"status {answer.status_code}", request=answer.request,
+                                        response=answer)
         return b"".join(parts)
 
     def _page(self, url: str, first: bool = False) -> _Page:
@@ -260,8 +262,8 @@ class _Harvest:
                 last, pause = f"{type(error).__name__}: {error}", None
             if attempt + 1 < self.config.max_attempts:
                 _sleep(min(pause or self._backoff(attempt), self.config.max_wait), self.stop)
-        raise HarvestError(f"{url}: no usable answer in {self.config.max_attempts} attempts, last {last}; harvest "
-                           "again to continue here")
+        raise HarvestError(f"{url}: no usable answer in {self.config.max_attempts} attempts, last {last}; "
+                           "harvest again to continue here")
 
     def _backoff(self, attempt: int) -> float:
         return self.config.backoff * 2 ** attempt * random.uniform(0.75, 1.25)
@@ -343,8 +345,8 @@ class _Harvest:
 
 
 def _kind(error: Exception) -> str:
-    kinds = {httpx.TimeoutException: "timeout", httpx.TransportError: "connection", httpx.DecodingError: "body",
-             _Doubt: "doubtful page", ValueError: "not a page"}
+    kinds = {httpx.TimeoutException: "timeout", httpx.TransportError: "connection",
+             httpx.DecodingError: "body", _Doubt: "doubtful page", ValueError: "not a page"}
     return next((kind for base, kind in kinds.items() if isinstance(error, base)), type(error).__name__)
 
 
@@ -370,12 +372,13 @@ def known_databases(providers: list[str] | None = None) -> dict[str, str]:
     if unknown := [name for name in wanted if name not in DATABASES]:
         raise ValueError(f"expected providers among {', '.join(DATABASES)}, found {unknown[:3]}; give other "
                          "databases as name=base_url")
-    return {name if i == 0 else f"{name}.{i + 1}": url for name in wanted for i, url in enumerate(DATABASES[name])}
+    return {name if i == 0 else f"{name}.{i + 1}": url
+            for name in wanted for i, url in enumerate(DATABASES[name])}
 
 
 def discover(providers: list[str] | None = None, index_url: str = PROVIDERS_LIST, timeout: float = 30.0
              ) -> dict[str, str]:
-    """Current databases of the providers from the official list; what cannot be reached comes from the table."""
+    """Current databases of the providers from the official list; where it cannot be reached, the table's."""
     wanted = list(DATABASES) if providers is None else providers
     found = {}
     with httpx.Client(timeout=timeout, follow_redirects=True) as client:
@@ -404,8 +407,8 @@ def _address(link: dict) -> str | None:
 def harvest(databases: dict[str, str], out_dir: Path, config: HarvestConfig = HarvestConfig()) -> list[dict]:
     """All structures of `databases` (name -> base address) below `out_dir`; one summary row per database.
 
-    Databases run side by side, pages of one database one after the other. Call again after a kill or a failure:
-    finished databases are skipped, the others continue at their last page. Writes summary.json.
+    Databases run side by side, pages of one database one after the other. Call again after a kill or a
+    failure: finished databases are skipped, the others continue at their last page. Writes summary.json.
     """
     out_dir, stop, hosts = Path(out_dir), threading.Event(), _Hosts(config.min_interval)
     rows = {}
@@ -424,7 +427,8 @@ def harvest(databases: dict[str, str], out_dir: Path, config: HarvestConfig = Ha
     return summary
 
 
-def _one(name: str, url: str, folder: Path, config: HarvestConfig, hosts: _Hosts, stop: threading.Event) -> dict:
+def _one(name: str, url: str, folder: Path, config: HarvestConfig, hosts: _Hosts,
+         stop: threading.Event) -> dict:
     done = folder / "done.json"
     store_ok = done.exists() and len(Store(folder).lines) == io.read_json(done)["pages"]
     if store_ok:
