@@ -63,10 +63,12 @@ def prepare_benchmarks(tasks: Sequence[str], out_dir: Path, symprec: float, symp
     return paper.merge(pd.DataFrame(found), on="task", validate="1:1").reindex(columns=columns)
 
 
-def read_benchmarks(file: Path, tasks: Sequence[str], max_rows: int | None = None) -> pd.DataFrame:
-    """The lines of `tasks` in the table of `prepare_benchmarks` that notebook 1 kept, with a column `chosen`.
+def read_benchmarks(file: Path, benchmark: str, tasks: Sequence[str], max_rows: int | None = None) -> pd.DataFrame:
+    """The lines of one benchmark in the table of `prepare_benchmarks` that notebook 1 kept, with a column `chosen`.
 
     Args:
+        benchmark: "MatBench" or "UnconvBench".
+        tasks: tasks to choose, where they are available.
         max_rows: tasks with more rows are not chosen; None or 0 = no limit.
     Raises:
         FileNotFoundError: the tasks were not prepared.
@@ -74,12 +76,12 @@ def read_benchmarks(file: Path, tasks: Sequence[str], max_rows: int | None = Non
     """
     if not file.is_file():
         raise FileNotFoundError(f"expected the table of tasks {file}, found none; run notebook 01_data_curation first")
-    table = pd.read_csv(file)
+    table = pd.read_csv(file).query("benchmark == @benchmark").reset_index(drop=True)
     if unknown := sorted(set(tasks) - set(table["task"])):
         raise ValueError(f"expected tasks of {table['task'].tolist()}, found {unknown[:3]}; correct the parameter, or "
                          "add them to notebook 01_data_curation")
-    table = table[table["task"].isin(tasks)].reset_index(drop=True)
-    return table.assign(chosen=table["available"] & ~(table["rows"] > (max_rows or np.inf)))
+    small = ~(table["rows"] > (max_rows or np.inf))
+    return table.assign(chosen=table["available"] & table["task"].isin(tasks) & small)
 
 
 def _prepare(task: str, out_dir: Path, symprec: float, n_workers: int) -> dict[str, Any]:
