@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,8 +80,8 @@ def launch(unit: dict[str, Any], n_processes: int, threads_per_process: int | No
         return found
     file = io.write_json(Path(unit["out_dir"]) / "unit.json", unit)
     threads = threads_per_process or max(1, (os.cpu_count() or 1) // n_processes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(n_processes), "-m", "cloud_lib.train", str(file)]
+    command = [sys.executable, "-m", "cloud_lib.units", "--standalone", "--nproc-per-node", str(n_processes),
+               "-m", "cloud_lib.train", str(file)]
     child = subprocess.Popen(command, env=_environment(threads), text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
     with _ended(child):
@@ -202,25 +203,37 @@ def _run_one(unit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _work() -> int:
-    """Run the units that arrive on standard input; when the parent is gone, save and exit."""
+    """Run the units that arrive on standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
-    lines: queue.Queue[str | None] = queue.Queue()
-    busy = threading.Event()
-    threading.Thread(target=_listen, args=(lines, busy), daemon=True).start()
-    while (line := lines.get()) is not None:
-        busy.set()
+    _end_with_parent()
+    for line in sys.stdin:
         try:
             answer = {"result": _run_one(json.loads(line))}
         except Exception:  # whatever a unit dies of is the parent's to report
             answer = {"error": "".join(traceback.format_exc().splitlines(keepends=True)[-12:])}
-        busy.clear()
         print(ANSWER + json.dumps(io.plain(answer)), flush=True)
     return 0
 
 
-def _listen(lines: queue.Queue, busy: threading.Event) -> None:
-    for line in sys.stdin:
-        lines.put(line)
-    if busy.is_set():
+def _end_with_parent() -> None:
+    """When the parent is gone (killed), save and exit as after SIGTERM instead of training on unseen."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
-    lines.put(None)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _launcher_main(arguments: Sequence[str]) -> None:
+    """torchrun, ended with its parent."""
+    from torch.distributed import run
+
+    _end_with_parent()
+    run.main(list(arguments))
+
+
+if __name__ == "__main__":
+    _launcher_main(sys.argv[1:])

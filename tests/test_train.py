@@ -276,6 +276,19 @@ def test_malformed_units_are_refused(tmp_path, capsys):
     assert units.worker_main([]) == 2 and "usage" in capsys.readouterr().err
 
 
+def test_workers_of_a_killed_parent_save_and_end(tmp_path, corpus):
+    config = replace(PRETRAIN, n_steps=100_000, n_evals=1)
+    unit = {"kind": "pretrain", "config": io.plain(config), "data_dir": str(corpus),
+            "out_dir": str(tmp_path / "run")}
+    code = f"import json; from cloud_lib import units; units.run_units([json.loads({json.dumps(unit)!r})], 1)"
+    with subprocess.Popen([sys.executable, "-c", code], env=units._environment(1)) as parent:
+        while parent.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.05)
+        parent.kill()
+    with runtime.process("cpu", "fp32", tmp_path / "run"):  # waits for the worker to let the folder go
+        assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
 def test_a_dead_worker_is_a_failed_unit():
     with subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as worker:
