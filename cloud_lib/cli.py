@@ -7,7 +7,7 @@ where it came from.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cloud_lib.sources import NotAvailable
@@ -73,30 +73,6 @@ def _cmd_string(args: argparse.Namespace) -> None:
         print(f"{n_errors} of {n_rows} crystals have no string, see their error", file=sys.stderr)
 
 
-def _cmd_predict(args: argparse.Namespace) -> None:
-    import csv
-
-    from cloud_lib import predict
-    from cloud_lib.dataset import PackedTokens
-    from cloud_lib.representation import describe
-    from cloud_lib.tokenizer import Tokenizer
-
-    style = predict.model_meta(args.models[0]).get("style", "canonical")
-    rows = [row for path in args.paths for row in describe(path, style, args.symprec)]
-    good, tokenizer = [row for row in rows if row["error"] is None], Tokenizer.default()
-    if good:
-        tokens, offsets = tokenizer.encode_many(row["string"] for row in good)
-        meta = {"vocab_sha256": tokenizer.sha256, "style": style}
-        packed = PackedTokens(Path("strings"), tokens, offsets, meta)
-        for row, mean, std in zip(good, *predict.predict_ensemble(args.models, packed, precision="fp32")):
-            row |= {"prediction": float(mean), "std": float(std) if len(args.models) > 1 else None}
-    columns = ["material_id", "formula_reduced", "space_group", "prediction", "std", "string", "error",
-               "file"]
-    writer = csv.DictWriter(sys.stdout, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def _cmd_harvest(args: argparse.Namespace) -> None:
     import pandas as pd
 
@@ -141,6 +117,74 @@ def _cmd_generate(args: argparse.Namespace) -> None:
 
     counts = generate.write(args.corpus, args.out, args.number, args.seed)
     print(f"{counts['n']} new strings from {counts['n_prototypes']} prototypes in {args.out}")
+
+
+def _cmd_predict(args: argparse.Namespace) -> int:
+    from cloud_lib import bundle, tabular, use
+
+    models = bundle.find(args.models)
+    if args.list:
+        print("\n".join(bundle.listing(models)))
+        return 0
+    chosen = models.choose(args.property)
+    pieces = use.predict_files(args.paths, models, args.property, args.device)
+    form = tabular.form_of(args.output, args.format)
+    with tabular.writer(use.columns(chosen), form, args.output) as write:
+        return _write_rows(pieces, write)
+
+
+def _cmd_embed(args: argparse.Namespace) -> int:
+    from cloud_lib import bundle, tabular, use
+
+    pieces = use.embed_entries(tabular.entries(args.paths), bundle.find(args.models), args.device)
+    form = tabular.form_of(args.output, "jsonl" if args.output is None else None)
+    if form == "table":
+        raise ValueError(f"expected --output with .parquet, .jsonl or .csv, found {args.output}")
+    with tabular.writer([*use.FACTS, "embedding", "error"], form, args.output) as write:
+        return _write_rows(pieces, write)
+
+
+def _write_rows(pieces: Iterable[list[dict]], write: Callable[[list[dict]], None]) -> int:
+    """Write rows piece by piece with progress on standard error; status 1 if a row has an error."""
+    from tqdm.auto import tqdm
+
+    n_rows = n_errors = 0
+    with tqdm(desc="crystals", unit="", disable=None) as bar:
+        for rows in pieces:
+            write(rows)
+            n_rows, n_errors = n_rows + len(rows), n_errors + sum(row["error"] is not None for row in rows)
+            bar.update(len(rows))
+    if n_errors:
+        print(f"{n_errors} of {n_rows} crystals failed, see their error", file=sys.stderr)
+    return int(n_errors > 0)
+
+
+def _cmd_bundle(args: argparse.Namespace) -> None:
+    from cloud_lib import bundle
+
+    made = bundle.write(bundle.find(args.models), args.out, args.property, args.note)
+    size = sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file())
+    print("\n".join(bundle.listing(made)))
+    print(f"{size / 1e6:.1f} MB in {made.folder}")
+
+
+def _cmd_leaderboard(args: argparse.Namespace) -> None:
+    from cloud_lib import leaderboards
+
+    if args.which == "matbench":
+        written = leaderboards.write_matbench(args.profile, args.out, args.model, args.partial)
+    else:
+        written = leaderboards.write_discovery(args.profile, args.out, args.partial)
+    print("\n".join(map(str, written)))
+
+
+def _cmd_hub(args: argparse.Namespace) -> None:
+    from cloud_lib import hub
+
+    if args.action == "push":
+        print(hub.push(args.source, args.target, private=not args.public))
+    else:
+        print(f"converted {args.source} into {hub.convert_published(args.source, args.target)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,16 +235,49 @@ def build_parser() -> argparse.ArgumentParser:
     string.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
     string.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")
     string.set_defaults(run=_cmd_string)
-
-    predict = commands.add_parser("predict", help="predict a property of crystals with fine-tuned models")
-    predict.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="as for string")
-    predict.add_argument("--models", type=Path, nargs="+", required=True, metavar="FOLDER",
-                         help="<run>/model of one or several fine-tuned models; several give mean and std")
-    predict.add_argument("--symprec", type=float, default=0.01,
-                         help="tolerance in angstrom, as in training (default: %(default)s)")
-    predict.set_defaults(run=_cmd_predict)
     _add_curation(commands)
+    _add_use(commands)
     return parser
+
+
+def _add_use(commands: argparse._SubParsersAction) -> None:
+    predict = commands.add_parser("predict", help="predict properties of your own crystals")
+    embed = commands.add_parser("embed", help="[CLS] vectors of crystals from the pre-trained encoder")
+    for command in (predict, embed):
+        command.add_argument("paths", type=Path, nargs="+" if command is embed else "*", metavar="FILE_OR_FOLDER",
+                             help="CIF, POSCAR, extended XYZ, OPTIMADE JSON or JSON Lines (.gz is read, too), Parquet")
+        command.add_argument("--models", type=Path, metavar="DIR",
+                             help="a bundle, checkpoints/<profile>, or one fine-tuned model (default: models/, else the profile's own)")
+        command.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: standard output")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default: %(default)s)")
+    predict.add_argument("--property", nargs="+", metavar="NAME", help="default: all that the models predict")
+    predict.add_argument("--format", choices=("table", "jsonl", "csv", "parquet"),
+                         help="default: by the suffix of --output, else a table")
+    predict.add_argument("--list", action="store_true", help="say what the models predict, how well, and stop")
+    predict.set_defaults(run=_cmd_predict)
+    embed.set_defaults(run=_cmd_embed)
+
+    bundle = commands.add_parser("bundle", help="collect fine-tuned models into one folder in half the size")
+    bundle.add_argument("--models", type=Path, metavar="DIR", help="checkpoints/<profile>, or another bundle")
+    bundle.add_argument("--out", type=Path, required=True, metavar="DIR")
+    bundle.add_argument("--property", nargs="+", metavar="NAME", help="default: all")
+    bundle.add_argument("--note", help="a sentence for the model card: on what the models were trained")
+    bundle.set_defaults(run=_cmd_bundle)
+
+    board = commands.add_parser("leaderboard", help="write a submission from the kept predictions")
+    board.add_argument("which", choices=("matbench", "discovery"))
+    board.add_argument("--profile", default="demo")
+    board.add_argument("--out", type=Path, required=True, metavar="DIR")
+    board.add_argument("--model", default="CLOUD", help="which model of results/<profile> (default: %(default)s)")
+    board.add_argument("--partial", action="store_true", help="also write what the leaderboard would refuse")
+    board.set_defaults(run=_cmd_leaderboard)
+
+    hub = commands.add_parser("hub", help="Hugging Face: push a folder, or convert the published weights")
+    hub.add_argument("action", choices=("push", "convert"))
+    hub.add_argument("source", help="push: a bundle or model folder; convert: a folder or OWNER/NAME[/SUBFOLDER]")
+    hub.add_argument("target", help="push: OWNER/NAME; convert: a new model folder")
+    hub.add_argument("--public", action="store_true", help="push: anyone may read it (default: private)")
+    hub.set_defaults(run=_cmd_hub)
 
 
 def _add_curation(commands: argparse._SubParsersAction) -> None:
@@ -237,10 +314,10 @@ def _add_curation(commands: argparse._SubParsersAction) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 2 after a user's mistake."""
+    """Run one command; the exit status is 0, 1 if some crystals failed, or 2 after a user's mistake."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
     except USER_ERRORS as error:
         if args.traceback:
             raise
@@ -249,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0

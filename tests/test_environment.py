@@ -38,6 +38,11 @@ ARROWS = {
     "loop": {"io", "dataset", "model", "checkpoint", "runtime"},
     "train": {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train"},
     "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
+    "bundle": {"io", "predict"},
+    "tabular": {"io", "readers", "symmetry"},
+    "use": {"io", "symmetry", "representation", "tokenizer", "dataset", "predict", "bundle", "tabular"},
+    "hub": {"io", "model", "tokenizer", "bundle"},
+    "leaderboards": {"io", "metrics", "sources"},
     "metrics": set(),
     "powerlaw": set(),
     "grid": {"io"},
@@ -57,7 +62,7 @@ TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", 
 SAME = {"units": "train"}  # train's processes: each starts the other
 TRAINING_NODE = {"numpy", "torch", "transformers", "safetensors", "tqdm"}
 OPTIONAL = {"wandb", "tensorboard"}  # experiment trackers, used if they are there
-USE_TORCH = {"model", "train", "loop", "predict", "checkpoint", "runtime"}
+USE_TORCH = {"model", "train", "loop", "predict", "checkpoint", "runtime", "hub"}
 
 
 def _lock() -> dict[str, Requirement]:

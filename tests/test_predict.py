@@ -9,10 +9,8 @@ import torch
 from toy_tokens import TINY, toy
 from transformers import BertModel
 
-from cloud_lib import cli, dataset, predict
+from cloud_lib import dataset, predict
 from cloud_lib.dataset import PackedTokens
-from cloud_lib.model import Regressor, save_model, with_vocab
-from cloud_lib.tokenizer import Tokenizer
 from cloud_lib.train import FinetuneConfig, RunConfig, finetune
 
 RUN = RunConfig(device="cpu", precision="fp32", progress=False)
@@ -85,21 +83,3 @@ def test_strings_that_do_not_fit_the_model_are_refused(tmp_path, packed, models)
         predict.attention(models[0], [1] * 25)
     with pytest.raises(FileNotFoundError, match="expected a model folder at"):
         predict.embeddings(tmp_path, packed)
-
-
-def test_crystals_are_predicted_from_their_files(tmp_path, capsys):
-    """A cubic cell, a file that is no crystal, and a model of the default vocabulary."""
-    tokenizer = Tokenizer.default()
-    bert = BertModel(with_vocab(TINY, tokenizer.vocab_size).bert_config(), add_pooling_layer=False)
-    save_model(Regressor(bert), tmp_path / "model", {"vocab_sha256": tokenizer.sha256, "style": "canonical",
-                                                     "target_mean": 3.0, "target_std": 1.0})
-    cell = "CsCl\n4.1\n1 0 0\n0 1 0\n0 0 1\nCs Cl\n1 1\nDirect\n0 0 0\n0.5 0.5 0.5\n"
-    (tmp_path / "POSCAR").write_text(cell)
-    (tmp_path / "no.cif").write_text("no crystal")
-    files = [str(tmp_path / name) for name in ("POSCAR", "no.cif")]
-    assert cli.main(["predict", *files, "--models", str(tmp_path / "model")]) == 0
-    good, bad = csv.DictReader(capsys.readouterr().out.splitlines())
-    assert (good["formula_reduced"], good["space_group"], good["error"]) == ("CsCl", "221", "")
-    assert 0 < abs(float(good["prediction"]) - 3.0) < 3 and bad["error"] and not bad["prediction"]
-    assert cli.main(["predict", *files, "--models", str(tmp_path)]) == 2
-    assert "expected a fine-tuned model" in capsys.readouterr().err
