@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all tables figures help data lab test clean $(NAMES)
+.PHONY: all tables figures help data harvest lab test clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
@@ -73,6 +73,9 @@ tables: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE,
 
 data: $(READY)  ## fetch and verify the real crystals (package registry) into data/raw
 	$(RUN) -m cloud_lib data
+
+harvest: $(READY)  ## crystals of 14 OPTIMADE providers into data/raw/optimade (days; resumable)
+	$(RUN) -m cloud_lib harvest
 
 data/raw/.complete: | $(READY)
 	$(RUN) -m cloud_lib data

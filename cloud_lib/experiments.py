@@ -15,7 +15,7 @@ import pandas as pd
 
 from cloud_lib import curation, io, metrics, report, sources, units
 from cloud_lib.representation import STYLES, string
-from cloud_lib.sources import matbench
+from cloud_lib.sources import matbench, optimade
 from cloud_lib.tokenizer import Tokenizer
 
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
@@ -92,6 +92,19 @@ def _prepare(task: str, out_dir: Path, symprec: float, n_workers: int) -> dict[s
     made = curation.prepare_task(frame, out_dir, task, symprec, n_workers)
     return {"task": task, "available": True, "rows": made["n_usable"], "rejects": sum(made["rejects"].values()),
             "folds": frame.attrs["folds"], "symprec": symprec, "source": frame.attrs["source"]}
+
+
+def harvest_summary() -> pd.DataFrame:
+    """A line per OPTIMADE database of the paper's providers: what `make harvest` brought, "not harvested" where nothing.
+
+    Columns `database`, `base_url`, `status`, `pages`, `structures`, `expected`, `requests`, `failures`.
+    """
+    columns = ["database", "base_url", "status", "pages", "structures", "expected", "requests", "failures"]
+    file = io.raw_dir() / "optimade" / "summary.json"
+    found = pd.DataFrame(io.read_json(file) if file.is_file() else [], columns=columns)
+    known = pd.DataFrame(optimade.known_databases().items(), columns=["database", "base_url"])
+    absent = known[~known["database"].isin(found["database"])].assign(status="not harvested")
+    return pd.concat([found, absent], ignore_index=True) if len(found) else absent.reindex(columns=columns)
 
 
 def example_strings(symprec: float = 0.01) -> pd.DataFrame:
