@@ -136,10 +136,10 @@ def _cmd_predict(args: argparse.Namespace) -> int:
 def _cmd_embed(args: argparse.Namespace) -> int:
     from cloud_lib import bundle, tabular, use
 
+    form = "jsonl" if args.output is None else args.output.suffix.removeprefix(".")
+    if form not in ("npz", "parquet", "jsonl"):
+        raise ValueError(f"expected --output with .npz, .parquet or .jsonl, found {args.output}")
     pieces = use.embed_entries(tabular.entries(args.paths), bundle.find(args.models), args.device)
-    form = tabular.form_of(args.output, "jsonl" if args.output is None else None)
-    if form == "table":
-        raise ValueError(f"expected --output with .parquet, .jsonl or .csv, found {args.output}")
     with tabular.writer([*use.FACTS, "embedding", "error"], form, args.output) as write:
         return _write_rows(pieces, write)
 
@@ -230,7 +230,8 @@ def build_parser() -> argparse.ArgumentParser:
     string.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER",
                         help="CIF, POSCAR, extended XYZ, OPTIMADE JSON or JSON Lines; .gz is read, too")
     string.add_argument("--style", default="canonical",
-                        choices=("paper", "canonical", "site", "composition", "number", "no_wyckoff"))
+                        choices=("paper", "canonical", "site", "composition", "number", "no_generator", "no_wyckoff",
+                                 "number_no_wyckoff"))
     string.add_argument("--format", choices=("jsonl", "text"), default="jsonl")
     string.add_argument("--symprec", type=float, default=0.01, help="tolerance in angstrom (default: %(default)s)")
     string.add_argument("--engine", choices=("auto", "spglib", "moyopy"), default="auto")

@@ -18,7 +18,7 @@ import orjson
 
 from cloud_lib import io
 from cloud_lib.partitions import FACTS, Item, Settings, run_partitions
-from cloud_lib.representation import STYLES
+from cloud_lib.representation import ABLATION_STYLES, STYLES, ablate
 from cloud_lib.sources import corpus as corpus_files
 from cloud_lib.sources import embedded, optimade, records
 from cloud_lib.symmetry import read_crystals
@@ -296,7 +296,8 @@ def pack_corpus(corpus: Path, style: str, tokenizer: "Tokenizer", out_dir: Path,
                 exclude: "pd.DataFrame | None" = None) -> dict:
     """Packed tokens of the corpus, one string per (formula, space group); returns the counts.
 
-    Pre-training splits off its validation rows itself, so that equal strings never stand on both sides.
+    An ablation style is made from the canonical strings. Pre-training splits off its validation rows itself, so
+    that equal strings never stand on both sides.
 
     Args:
         exclude: keys from `exclusion_keys`; their crystals are left out.
@@ -313,8 +314,10 @@ def pack_corpus(corpus: Path, style: str, tokenizer: "Tokenizer", out_dir: Path,
                     "WHERE canonical IS NULL OR canonical NOT IN "
                     "(SELECT canonical FROM exclude WHERE canonical IS NOT NULL))")
         n_all, n_kept = _count(db, "corpus"), _count(db, kept)
-        strings = db.sql(f"SELECT {style} FROM {kept} WHERE {style} IS NOT NULL ORDER BY material_id, source"
-                         ).fetchnumpy()[style]
+        written = _written(style)
+        found = db.sql(f"SELECT space_group, {written} FROM {kept} WHERE {written} IS NOT NULL "
+                       "ORDER BY material_id, source").fetchnumpy()
+    strings = _strings(found[written], found["space_group"], style)
     if not len(strings):
         raise ValueError(f"expected strings of style {style} in {corpus}, found none")
     counts = {"n": len(strings), "n_distinct_strings": len(set(strings)),
@@ -324,16 +327,31 @@ def pack_corpus(corpus: Path, style: str, tokenizer: "Tokenizer", out_dir: Path,
 
 
 def pack_task(task_table: Path, style: str, tokenizer: "Tokenizer", out_dir: Path) -> dict:
-    """Packed tokens of a task with labels (target, fold, row) and material_id; returns the counts."""
+    """Packed tokens of a task with labels (target, fold, row) and material_id; returns the counts.
+
+    An ablation style is made from the canonical strings.
+    """
     import pandas as pd
 
     table = pd.read_parquet(task_table)
-    usable = table.dropna(subset=[style])
+    usable = table.dropna(subset=[_written(style)])
     counts = {"n": len(usable), "n_without_string": len(table) - len(usable)}
     labels = {name: usable[name].to_numpy() for name in ("target", "fold", "row")}
     names = usable["material_id"].tolist()
-    _pack(usable[style].tolist(), style, tokenizer, Path(out_dir), counts, labels, names)
+    strings = _strings(usable[_written(style)], usable["space_group"], style)
+    _pack(strings, style, tokenizer, Path(out_dir), counts, labels, names)
     return counts
+
+
+def _written(style: str) -> str:
+    """Column of the tables that strings of `style` are made from."""
+    return "canonical" if style in ABLATION_STYLES else style
+
+
+def _strings(written: Iterable[str], space_groups: Iterable[int], style: str) -> list[str]:
+    if style not in ABLATION_STYLES:
+        return list(written)
+    return [ablate(text, int(group), style) for text, group in zip(written, space_groups, strict=True)]
 
 
 def _pack(strings: Iterable[str], style: str, tokenizer: "Tokenizer", out_dir: Path, counts: dict,

@@ -11,8 +11,9 @@ Every full style has three fields, "generator | Wyckoff | composition":
   followed by its Wyckoff symbols; a symbol that n > 1 orbits of the element share is preceded by "xn". Of all
   equivalent assignments the smallest is written.
 
-Ablations of `canonical`: `composition` (third field only), `number` ("sg221" for the generator) and
-`no_wyckoff` (middle field empty).
+Ablations of `canonical`, all made from its text: the first field as it is, as a number ("sg221") or empty, and
+the second as it is or empty: `number`, `no_generator`, `no_wyckoff`, `number_no_wyckoff`; `composition` is the
+third field alone.
 """
 
 from collections import Counter
@@ -31,9 +32,9 @@ from cloud_lib.spacegroups import (
 from cloud_lib.symmetry import CrystalError, SymmetryRecord, read_files, symmetry_record
 
 STYLES = ("paper", "canonical", "site")
-ABLATION_STYLES = ("composition", "number", "no_wyckoff")
+ABLATION_STYLES = ("composition", "number", "no_generator", "no_wyckoff", "number_no_wyckoff")
 MAX_POSITIONS = {  # longest sequence with [CLS] and [SEP]; 64 is the paper's, `site` reached 62 in real data
-    "paper": 64, "canonical": 64, "site": 96, "composition": 64, "number": 64, "no_wyckoff": 64,
+    "paper": 64, "canonical": 64, "site": 96, **dict.fromkeys(ABLATION_STYLES, 64),
 }
 _LETTER_RANK = {letter: rank for rank, letter in enumerate(LETTERS)}
 
@@ -62,12 +63,9 @@ def string(record: SymmetryRecord, style: str = "canonical", generators: str = "
     if style not in STYLES + ABLATION_STYLES:
         raise ValueError(f"style: expected one of {STYLES + ABLATION_STYLES}, found {style!r}")
     group = record.space_group
-    composition = _composition(record.amounts, in_file_order=style == "paper")
-    if style == "composition":
-        return composition
-    head = f"sg{group}" if style == "number" else _spaced_generator(group, generators)
-    if style == "no_wyckoff":
-        return f"{head} | | {composition}"
+    if style in ABLATION_STYLES:
+        return ablate(string(record, "canonical", generators), group, style)
+    head, composition = _spaced_generator(group, generators), _composition(record.amounts, style == "paper")
     if style == "site":
         sites = Counter((o.element, o.wyckoff_letter) for o in record.orbits)
         return f"{head} | {_site_field(group, tuple(sorted(sites.items())))} | {composition}"
@@ -76,6 +74,22 @@ def string(record: SymmetryRecord, style: str = "canonical", generators: str = "
         letters = _smallest_letters(group, "".join(sorted(letters, key=_LETTER_RANK.__getitem__)))
     sizes = multiplicities(group)
     return f"{head} | {' '.join([f'{sizes[x]}{x}' for x in letters])} | {composition}"
+
+
+def ablate(canonical: str, space_group: int, style: str) -> str:
+    """A `canonical` string without one of its parts.
+
+    Raises:
+        ValueError: `style` is not one of ABLATION_STYLES.
+    """
+    if style not in ABLATION_STYLES:
+        raise ValueError(f"ablation: expected one of {ABLATION_STYLES}, found {style!r}")
+    head, wyckoff, composition = (field.strip() for field in canonical.split("|"))
+    if style == "composition":
+        return composition
+    head = {"no_generator": "", "no_wyckoff": head}.get(style, f"sg{space_group}")
+    wyckoff = "" if style.endswith("no_wyckoff") else wyckoff
+    return " ".join(filter(None, [head, "|", wyckoff, "|", composition]))
 
 
 @lru_cache(maxsize=512)
@@ -149,7 +163,9 @@ def parse(text: str, style: str = "canonical") -> Decoded:
     if style == "composition":
         return Decoded(None, {}, composition)
     head = "".join(fields[0])
-    group = _parse_number(head) if style == "number" else space_group_of(head)
+    if style == "no_generator":
+        return Decoded(None, dict(Counter(fields[1])), composition)
+    group = _parse_number(head) if style.startswith("number") else space_group_of(head)
     return Decoded(group, _parse_wyckoff(fields[1], group, style), composition)
 
 

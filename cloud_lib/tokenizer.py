@@ -145,6 +145,7 @@ class _Fields:
         heads = {" ".join(g): _generator_tokens(g) for g in generators}
         heads |= {f"sg{n}": [f"sg{n}"] for n in range(1, 231)}
         self._head = {f"{head} ": b"".join(ids[t] for t in [*tokens, "|"]) for head, tokens in heads.items()}
+        self._head[""] = ids["|"]  # style `no_generator`
 
     def __call__(self, text: str) -> bytes:
         head, bar, rest = text.partition("|")

@@ -234,6 +234,18 @@ def test_packed_tokens_decode_to_the_strings(corpus, task, tmp_path):
     assert all((packed.labels()[name] == table[name]).all() for name in ("target", "fold", "row"))
 
 
+@pytest.mark.parametrize("style, first", [("number", "sg221 | 1a 1b 3c | "), ("no_generator", "| 1a 1b 3c | "),
+                                          ("number_no_wyckoff", "sg221 | | "), ("composition", "")])
+def test_ablated_strings_are_made_from_the_canonical_ones(corpus, task, tmp_path, style, first):
+    tokenizer = Tokenizer.default()
+    n = curation.pack_corpus(corpus[0] / "corpus.parquet", style, tokenizer, tmp_path / "corpus")["n"]
+    curation.pack_task(task[0] / "toy.parquet", style, tokenizer, tmp_path / "toy")
+    assert n == len(read(corpus[0] / "corpus.parquet"))
+    packed, table = PackedTokens.open(tmp_path / "toy"), read(task[0] / "toy.parquet")
+    compositions = table["canonical"].str.rpartition("| ")[2]
+    assert [tokenizer.decode(packed.item(i)) for i in range(len(packed))] == (first + compositions).tolist()
+
+
 def test_statistics(corpus):
     table = curation.corpus_statistics(corpus[0] / "corpus.parquet").set_index("statistic")
     assert table.loc["space_groups", ["space_group", "n"]].to_numpy().tolist() == [[221, 20], [225, 24]]

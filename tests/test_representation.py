@@ -11,7 +11,7 @@ from pymatgen.core import Lattice, Structure
 
 from benchmarks.random_crystals import DISTURBANCES, random_crystal
 from cloud_lib.elements import FORMULA_ORDER
-from cloud_lib.representation import ABLATION_STYLES, STYLES, formula_of_sites, parse, string
+from cloud_lib.representation import ABLATION_STYLES, STYLES, ablate, formula_of_sites, parse, string
 from cloud_lib.spacegroups import LETTERS, multiplicities, normalizer_permutations, wyckoff_positions
 from cloud_lib.symmetry import Orbit, SymmetryRecord, symmetry_record
 
@@ -39,7 +39,9 @@ def test_known_strings():
         "site": f"{generator} | Ba 1a Ti 1b O 3c | Ba 0.2 Ti 0.2 O 0.6",
         "composition": "Ba 0.2 Ti 0.2 O 0.6",
         "number": "sg221 | 1a 1b 3c | Ba 0.2 Ti 0.2 O 0.6",
+        "no_generator": "| 1a 1b 3c | Ba 0.2 Ti 0.2 O 0.6",
         "no_wyckoff": f"{generator} | | Ba 0.2 Ti 0.2 O 0.6",
+        "number_no_wyckoff": "sg221 | | Ba 0.2 Ti 0.2 O 0.6",
     }
     rutile = Structure.from_spacegroup("P4_2/mnm", Lattice.tetragonal(4.594, 2.959), ["Ti", "O"],
                                        [[0, 0, 0], [0.3053, 0.3053, 0]])
@@ -123,7 +125,8 @@ def test_round_trip():
     made = symmetry_record(perovskite())
     for style in STYLES + ABLATION_STYLES:
         decoded = parse(string(made, style), style)
-        assert decoded.space_group == (None if style == "composition" else 221)
+        assert decoded.space_group == (None if style in ("composition", "no_generator") else 221)
+        assert bool(decoded.wyckoff) == (style in (*STYLES, "number", "no_generator"))
         assert decoded.composition == {"Ba": 0.2, "Ti": 0.2, "O": 0.6}
     sites = parse(string(made, "site"), "site").wyckoff
     assert sites == {("Ba", "1a"): 1, ("Ti", "1b"): 1, ("O", "3c"): 1}
@@ -147,5 +150,7 @@ def test_parse_says_what_is_wrong(text, style, reason):
 
 
 def test_unknown_style():
+    with pytest.raises(ValueError, match="ablation: expected one of"):
+        ablate("0 0 0 | 1a | O 1.0", 1, "site")
     with pytest.raises(ValueError, match="style: expected one of .*'paper', 'canonical', 'site'"):
         string(symmetry_record(perovskite()), "poem")
