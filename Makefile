@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all tables figures help data harvest lab test clean $(NAMES)
+.PHONY: all tables figures help data harvest lab test bench-gpu clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
@@ -99,10 +99,13 @@ test: $(READY)  ## unit tests, then every notebook with the smoke profile, from 
 	rm -rf build/smoke data/miniature $(wildcard $(addsuffix /smoke,data/processed checkpoints results tables figures))
 	$(MAKE) all PROFILE=smoke
 
+bench-gpu: $(READY)  ## measure everything that needs a GPU, unattended, in 9 minutes; writes bench_out/gpu.json
+	$(RUN) -m benchmarks.bench_gpu
+
 clean:  ## remove build/; data, checkpoints, tables and figures stay
 	rm -rf build
 
 help:  ## this list
 	@echo 'make TARGET [PROFILE=$(PROFILE)] [CLOUD_DATA=folder]    profiles: $(PROFILES)'
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "  %-8s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'one notebook with what it depends on, by number or name: $(NAMES)'

@@ -130,5 +130,5 @@ def test_clean_keeps_data_and_checkpoints(make):
 
 def test_help_lists_the_targets(make):
     shown = subprocess.run(["make", "help"], cwd=make.root, capture_output=True, text=True, check=True).stdout
-    for target in ("all", "data", "lab", "test", "clean", *NAMES):
+    for target in ("all", "data", "lab", "test", "bench-gpu", "clean", *NAMES):
         assert re.search(rf"\b{target}\b", shown)
