@@ -187,6 +187,20 @@ def _cmd_hub(args: argparse.Namespace) -> None:
         print(f"converted {args.source} into {hub.convert_published(args.source, args.target)}")
 
 
+def _cmd_slurm(args: argparse.Namespace) -> None:
+    from cloud_lib import slurm
+
+    if (args.units is None) == (not args.command_line):
+        raise ValueError("expected either --units UNITS.json or -- COMMAND, found both or neither")
+    script = args.script or (args.units or Path("job")).with_suffix(".sbatch")
+    if args.units:
+        text = slurm.units_script(args.units, args.options, args.array)
+    else:
+        text = slurm.command_script(script.stem, args.command_line, args.options, script.resolve().parent)
+    slurm.write(text, script)
+    print(text if args.dry_run else f"job {slurm.submit(script)} from {script}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -238,7 +252,19 @@ def build_parser() -> argparse.ArgumentParser:
     string.set_defaults(run=_cmd_string)
     _add_curation(commands)
     _add_use(commands)
+    _add_slurm(commands)
     return parser
+
+
+def _add_slurm(commands: argparse._SubParsersAction) -> None:
+    slurm = commands.add_parser("slurm", help="submit a command, or an array of training units, as a batch job")
+    slurm.add_argument("--units", type=Path, metavar="UNITS.json", help="train these units")
+    slurm.add_argument("--array", action="store_true", help="with --units: one task of a job array per unit")
+    slurm.add_argument("--script", type=Path, metavar="FILE.sbatch", help="default: job.sbatch, or beside the units")
+    slurm.add_argument("--options", default="", help="of sbatch, such as '--gpus=2 --time=08:00:00'")
+    slurm.add_argument("--dry-run", action="store_true", help="write the script and show it, submit nothing")
+    slurm.add_argument("command_line", nargs="*", metavar="COMMAND", help="after --, run in the repository's root")
+    slurm.set_defaults(run=_cmd_slurm)
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:

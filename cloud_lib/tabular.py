@@ -1,4 +1,4 @@
-"""Crystals out of Parquet files, and rows into a table, JSON Lines, CSV or Parquet, both in pieces."""
+"""Crystals out of Parquet files, and rows into a table, JSON Lines, CSV, Parquet or NumPy, both in pieces."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from cloud_lib import io
 from cloud_lib.symmetry import Crystal, CrystalError, as_crystal, read_files
 
-FORMATS = ("table", "jsonl", "csv", "parquet")
+FORMATS = ("table", "jsonl", "csv", "parquet", "npz")
 ID_COLUMNS = ("material_id", "id", "name")
 CRYSTAL_COLUMNS = ("structure", "cif", "lattice_vectors")
 BATCH_ROWS = 1000
@@ -100,14 +100,14 @@ def writer(columns: Sequence[str], form: str, output: Path | None = None) -> Ite
     """
     if form not in FORMATS:
         raise ValueError(f"expected a format of {FORMATS}, found {form!r}")
-    if form == "parquet" and output is None:
+    if form in ("parquet", "npz") and output is None:
         raise ValueError("expected --output FILE for Parquet, found none; name a file")
     if output is None:
         yield _text_writer(columns, form, sys.stdout)
         return
     with io.atomic_path(output) as temporary:
-        if form == "parquet":
-            with _parquet_writer(temporary) as write:
+        if form in ("parquet", "npz"):
+            with (_parquet_writer if form == "parquet" else _npz_writer)(temporary) as write:
                 yield write
         else:
             with open(temporary, "w", newline="", encoding="utf-8") as handle:
@@ -181,3 +181,19 @@ def _schema(pa: Any, row: dict[str, Any]) -> Any:
         return pa.float64() if f"{name}_unit" in row or name.endswith("_std") else pa.string()
 
     return pa.schema([(name, kind(name)) for name in row])
+
+
+@contextmanager
+def _npz_writer(target: Path) -> Iterator[Callable[[Rows], None]]:
+    """Embeddings (n, width) float32 with the rows' material_id, string and error; NaN where there is none."""
+    import numpy as np
+
+    rows: Rows = []
+    yield lambda piece: rows.extend(
+        row | {"embedding": None if row["embedding"] is None else np.asarray(row["embedding"], np.float32)}
+        for row in piece)
+    width = max((len(row["embedding"]) for row in rows if row["embedding"] is not None), default=0)
+    empty = np.full(width, np.nan, np.float32)
+    vectors = [empty if row["embedding"] is None else row["embedding"] for row in rows]
+    names = {name: np.array([row[name] or "" for row in rows]) for name in ("material_id", "string", "error")}
+    np.savez(target, embedding=np.array(vectors, np.float32).reshape(len(rows), width), **names)
