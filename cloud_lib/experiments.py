@@ -203,14 +203,16 @@ def training_log(run_dir: Path) -> pd.DataFrame:
 
 # ------------------------------------------------------------------------------------------ fine-tuning
 def finetune_units(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], folds: Sequence[int],
-                   seeds: Sequence[int], out_dir: Path) -> list[dict[str, Any]]:
+                   seeds: Sequence[int], out_dir: Path,
+                   settings_by_task: dict[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """One unit for every model, task, fold and seed.
 
     Args:
         token_dir: holds one packed folder per task.
         configs: model name -> its train.FinetuneConfig (fold and seed are set here).
+        settings_by_task: task -> settings that differ from the configs' there, e.g. {"mp_gap": {"epochs": 10}}.
     Raises:
-        ValueError: a fold that the task does not have.
+        ValueError: a fold that the task does not have, or an unknown setting.
     """
     found = []
     for task in tasks:
@@ -218,21 +220,37 @@ def finetune_units(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any
         if missing := sorted(set(folds) - set(present.tolist())):
             raise ValueError(f"expected folds of {present.tolist()} for {task}, found {missing}; correct the parameter")
         for model, config in configs.items():
+            config = _with_settings(config, (settings_by_task or {}).get(task, {}), task)
             found += [{"kind": "finetune", "config": io.plain(dataclasses.replace(config, fold=fold, seed=seed)),
                        "data_dir": str(token_dir / task), "out_dir": str(out_dir / task / model / f"fold{fold}-seed{seed}")}
                       for fold in folds for seed in seeds]
     return found
 
 
+def _with_settings(config: Any, settings: dict[str, Any], task: str) -> Any:
+    names = [item.name for item in dataclasses.fields(config)]
+    if unknown := sorted(set(settings) - set(names)):
+        raise ValueError(f"expected settings of {names} for {task}, found {unknown[:3]}; correct settings_by_task")
+    return dataclasses.replace(config, **settings)
+
+
 def finetune(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], folds: Sequence[int],
-             seeds: Sequence[int], out_dir: Path, n_workers: int) -> pd.DataFrame:
+             seeds: Sequence[int], out_dir: Path, n_workers: int, settings_by_task: dict[str, dict[str, Any]] | None = None,
+             only_finished: bool = False) -> pd.DataFrame:
     """Train one unit for every model, task, fold and seed; the long table of their predictions.
 
-    Finished units are not repeated, interrupted ones go on. Arguments as `finetune_units`.
+    Finished units are not repeated, interrupted ones go on. Arguments as `finetune_units`; `only_finished` trains
+    nothing and takes the units that have finished, such as those imported from another machine.
     """
-    todo = finetune_units(tasks, token_dir, configs, folds, seeds, out_dir)
-    units.run_units(todo, n_workers)
-    return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *map(_read, todo)], ignore_index=True)
+    todo = finetune_units(tasks, token_dir, configs, folds, seeds, out_dir, settings_by_task)
+    if not only_finished:
+        units.run_units(todo, n_workers)
+    return read_predictions(units.finished(todo))
+
+
+def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The long table of what finished units of `finetune_units` predicted."""
+    return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *map(_read, done)], ignore_index=True)
 
 
 def _read(unit: dict[str, Any]) -> pd.DataFrame:
