@@ -109,6 +109,11 @@ def unit_hash(unit: dict[str, Any]) -> str:
     return io.config_hash([unit["kind"], config, hashes])
 
 
+def finished(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the units that have finished with the same settings and data."""
+    return [unit for unit in units if _done(unit)]
+
+
 def _done(unit: dict[str, Any]) -> dict[str, Any] | None:
     """Result of a unit that has finished exactly like this one."""
     out_dir = Path(unit["out_dir"])
