@@ -19,6 +19,7 @@ from cloud_lib.sources import matbench, optimade
 from cloud_lib.tokenizer import Tokenizer
 
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
+SCORE_COLUMNS = ["task", "model", "mae", "mae_std", "rows", "folds", "seeds", "mad"]
 STAGES = ("run", "restore")
 PARTS = ["generator", "wyckoff", "element", "fraction"]  # of a string, in its order
 HYPERPARAMETERS = {  # Table 4's name -> ours
@@ -288,7 +289,7 @@ def scores(table: pd.DataFrame, split: str = "test") -> pd.DataFrame:
         found.append({"task": task, "model": model, "mae": by_fold.mean(), "mae_std": by_fold.std(ddof=0),
                       "rows": rows["row"].nunique(), "folds": len(by_fold), "seeds": rows["seed"].nunique(),
                       "mad": metrics.mad(rows.drop_duplicates("row")["target"])})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=SCORE_COLUMNS)
 
 
 def fold_errors(table: pd.DataFrame) -> pd.DataFrame:
@@ -302,12 +303,12 @@ def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
     try:
         published = matbench.load_leaderboard()
     except sources.NotAvailable:
-        return pd.DataFrame(columns=["task", "model", "mae", "mae_std", "rows", "folds"])
+        return scores(table[:0])
     ours = table[table["split"] == "test"].drop_duplicates(["task", "row"])[["task", "row", "fold", "material_id",
                                                                              "target"]]
     joined = published[published["model"] != "Dummy"].merge(ours, on=["task", "row"], validate="m:1")
     joined = joined.assign(split="test", seed=0)
-    return scores(joined).drop(columns=["seeds", "mad"])
+    return scores(joined)
 
 
 def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.DataFrame, models: Sequence[str],
