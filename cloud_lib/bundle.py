@@ -11,7 +11,7 @@ Models with the same encoder (a frozen one) share its file: the first has it, th
 import csv
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cloud_lib import io
+from cloud_lib.model_card import card
 
 MANIFEST, FORMAT = "models.json", 1
 PROFILES = ("paper", "demo")  # whose own models are looked for when the repository has no models/
@@ -282,7 +283,7 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
         io.write_json(folder / MANIFEST, {
             "format": FORMAT, "properties": made, "encoder": "encoder" if source.encoder else None,
             "encoder_recipe": recipe, "sha256": weights, "note": source.note if note is None else note})
-        (folder / "README.md").write_text(card(open_bundle(folder)), encoding="utf-8")
+        (folder / "README.md").write_text(card(chosen, source.note if note is None else note), encoding="utf-8")
     return open_bundle(out_dir)
 
 
@@ -306,48 +307,3 @@ def _copy(source: Bundle, prop: Property, folder: Path) -> list[Member]:
             (folder / name / "config.json").unlink()
         members.append(Member(first, name))
     return members
-
-
-# ------------------------------------------------------------------------------------------------------ card
-def card(bundle: Bundle) -> str:
-    """The model card: what is predicted, from which strings, how well, and what not to expect."""
-    rows = "\n".join(f"| {p.name} | {p.description} | {p.unit} | {p.mae_test:.4g} | {p.error_68:.4g} | {p.n_test} "
-                     f"| {len(p.members)} | {p.recipe.style}, {p.recipe.symprec} |" for p in bundle.properties.values())
-    return CARD.format(note=bundle.note, rows=rows)
-
-
-def listing(bundle: Bundle) -> Iterable[str]:
-    """One line per property, for the command line."""
-    for p in bundle.properties.values():
-        yield f"{p.name:14} {p.unit:14} MAE {p.mae_test:<10.4g} {len(p.members)} models  {p.description}"
-
-
-CARD = """---
-license: mit
-library_name: transformers
-tags: [materials, crystals, symmetry, bert]
----
-# CLOUD: properties of crystals from symmetry strings
-
-A crystal becomes one line of text (space-group generators, Wyckoff positions, composition); a BERT encoder
-pre-trained on such lines is fine-tuned on each property. {note}
-
-| property | meaning | unit | held-out MAE | 68 % of errors within | held-out crystals | models | style, symprec (angstrom) |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}
-
-Held-out: each crystal is predicted by the model whose training did not see it (test folds). The stated uncertainty is
-the root of the sum of squares of the 68 % error, of the standard deviation over the models, and, for an element
-or a space group that no labelled crystal had, of the standard deviation of the training targets.
-
-Intended use: screening ordered inorganic crystals before calculations. The models see symmetry and composition, never
-distances: a strained cell of the same symmetry gets the same answer. Not for molecules, surfaces, disordered
-crystals, or anything where an error of the size above would matter.
-
-```
-python -m cloud_lib predict crystal.cif
-```
-
-Weights are safetensors in bfloat16, heads float32; `models.json` has their checksums. The pre-trained encoder is
-`AutoModel.from_pretrained("encoder")`, its tokenizer `AutoTokenizer.from_pretrained("encoder")`.
-"""

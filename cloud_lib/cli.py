@@ -121,10 +121,11 @@ def _cmd_generate(args: argparse.Namespace) -> None:
 
 def _cmd_predict(args: argparse.Namespace) -> int:
     from cloud_lib import bundle, tabular, use
+    from cloud_lib.model_card import listing
 
     models = bundle.find(args.models)
     if args.list:
-        print("\n".join(bundle.listing(models)))
+        print(listing(models.choose(args.property)))
         return 0
     chosen = models.choose(args.property)
     pieces = use.predict_files(args.paths, models, args.property, args.device)
@@ -161,10 +162,11 @@ def _write_rows(pieces: Iterable[list[dict]], write: Callable[[list[dict]], None
 
 def _cmd_bundle(args: argparse.Namespace) -> None:
     from cloud_lib import bundle
+    from cloud_lib.model_card import listing
 
     made = bundle.write(bundle.find(args.models), args.out, args.property, args.note)
     size = sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file())
-    print("\n".join(bundle.listing(made)))
+    print(listing(made.choose()))
     print(f"{size / 1e6:.1f} MB in {made.folder}")
 
 
