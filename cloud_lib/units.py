@@ -133,9 +133,15 @@ def _environment(threads: int) -> dict[str, str]:
 @contextlib.contextmanager
 def _workers(n: int, threads: int) -> Iterator[list[subprocess.Popen]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(_ended(subprocess.Popen(
+        found = [stack.enter_context(_ended(subprocess.Popen(
             [sys.executable, "-m", "cloud_lib.train", "--worker"], env=_environment(threads), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE))) for _ in range(n)]
+        try:
+            yield found
+        except BaseException:
+            for worker in found:  # all at once: they save side by side
+                worker.terminate()
+            raise
 
 
 @contextlib.contextmanager
