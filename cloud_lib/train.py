@@ -25,7 +25,7 @@ from cloud_lib.model import EncoderConfig, MaskedLM, Packed, Regressor
 from cloud_lib.units import launch, run_units, worker_main
 
 __all__ = ["EncoderConfig", "FinetuneConfig", "PretrainConfig", "RunConfig", "evaluate_mlm", "finetune",
-           "from_dict", "launch", "pretrain", "run_units", "task_rows"]
+           "from_dict", "launch", "pretrain", "run_units", "task_rows", "unit_identity"]
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -330,6 +330,20 @@ def _identity(kind: str, config: PretrainConfig | FinetuneConfig, packed: Packed
         settings["init"] = "weights " + models.weights_sha256(config.init)[:12]
     return {"kind": kind, "config": settings, "data_sha256": packed.data_sha256,
             "vocab_sha256": packed.meta["vocab_sha256"]}
+
+
+def unit_identity(unit: dict[str, Any]) -> dict[str, Any]:
+    """The identity that a finished unit's identity.json holds.
+
+    Raises:
+        FileNotFoundError: its data, or the weights it starts from, are missing.
+    """
+    packed = PackedTokens.open(unit["data_dir"])
+    if unit["kind"] == "finetune":
+        return _identity("finetune", from_dict(FinetuneConfig, unit["config"]), packed)
+    config = from_dict(PretrainConfig, unit["config"])
+    encoder = models.with_vocab(config.encoder, packed.meta["vocab_size"])
+    return _identity("pretrain", dataclasses.replace(config, encoder=encoder), packed)
 
 
 def _finished(out_dir: Path, identity: dict[str, Any], run: runtime.Run,
