@@ -31,7 +31,7 @@ from cloud_lib.model import EncoderConfig, Regressor, save_model
 from cloud_lib.symmetry import as_crystal
 from cloud_lib.tokenizer import Tokenizer
 
-LENGTH, BATCH, PIECE = 64, 64, 100  # padding of the published code; strings at once; files per turn
+LENGTH, BATCH, PIECE = 64, 64, 250  # padding of the published code; strings at once; files per turn
 
 
 def write_files(source: Path, count: int, folder: Path) -> list[Path]:

@@ -59,7 +59,7 @@ def _cmd_miniature(args: argparse.Namespace) -> None:
     print(f"synthetic data for trying things out in {write_miniature(args.folder)}")
 
 
-def _cmd_string(args: argparse.Namespace) -> None:
+def _cmd_string(args: argparse.Namespace) -> int:
     import json
 
     from cloud_lib.representation import describe
@@ -71,6 +71,7 @@ def _cmd_string(args: argparse.Namespace) -> None:
             print(json.dumps(row) if args.format == "jsonl" else row["string"] or f"# {row['error']}")
     if n_errors:
         print(f"{n_errors} of {n_rows} crystals have no string, see their error", file=sys.stderr)
+    return int(n_errors > 0)
 
 
 def _cmd_harvest(args: argparse.Namespace) -> None:

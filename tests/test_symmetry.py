@@ -209,7 +209,7 @@ def test_command_prints_one_json_object_per_crystal(tmp_path, capsys):
 
     (tmp_path / "rutile.cif").write_text(RUTILE_CIF)
     (tmp_path / "bad.cif").write_text("data_x\n")
-    assert main(["string", str(tmp_path), "--style", "site"]) == 0
+    assert main(["string", str(tmp_path), "--style", "site"]) == 1
     output = capsys.readouterr()
     bad, good = map(json.loads, output.out.splitlines())
     assert list(good) == ["file", "material_id", "formula_reduced", "space_group", "string", "error"]
