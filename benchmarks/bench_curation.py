@@ -1,9 +1,9 @@
 """Curation: time and memory over the number of crystals, and de-duplication of millions of synthetic rows.
 
-`CLOUD_DATA=... python benchmarks/bench_curation.py curve` curates the first 10,000 ... all crystals of the corpus
-folder; `python benchmarks/bench_curation.py dedup --corpus corpus.parquet` multiplies a corpus to --rows rows, about
-half of them duplicates, and de-duplicates them. Each measurement is a process of its own; results go to
-benchmarks/results/curation_*.csv. Memory: largest resident set of the parent plus that of every worker.
+`CLOUD_DATA=... python benchmarks/bench_curation.py curve` curates the first 10,000 ... all crystals of the
+corpus folder; `python benchmarks/bench_curation.py dedup --corpus corpus.parquet` multiplies a corpus to --rows
+rows, about half of them duplicates, and de-duplicates them. Each measurement is a process of its own; results go
+to benchmarks/results/curation_*.csv. Memory: largest resident set of the parent plus that of every worker.
 """
 
 import argparse
