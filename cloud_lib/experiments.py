@@ -329,6 +329,7 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
     lines = lines.merge(cloud, on="task", how="left", validate="1:1").merge(ours, on="task", how="left", validate="1:1")
     lines["ratio"] = lines["ours"] / lines["paper (all rows)"]
     lines["ours/MAD"] = lines["ours"] / lines["mad"]
+    lines.loc[lines["rows"].isna(), "fold origin"] = None
     for model in models:
         rows = found[found["model"] == model].set_index("task")
         lines[model], lines[f"{model}_std"] = lines["task"].map(rows["mae"]), lines["task"].map(rows["mae_std"])
