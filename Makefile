@@ -37,12 +37,14 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all tables figures help data harvest lab test bench-gpu clean $(NAMES)
+.PHONY: all tables figures help data harvest lab test bench-gpu slurm clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
+EXECUTE = $(RUN) -m cloud_lib notebook notebooks/$(1).ipynb $(BUILD)/$(1).ipynb --file params/$(PROFILE)/$(1).yaml
+
 $(BUILD)/%.ipynb: notebooks/%.ipynb params/$(PROFILE)/%.yaml | $(READY)
-	$(RUN) -m cloud_lib notebook $< $@ --file params/$(PROFILE)/$*.yaml
+	$(call EXECUTE,$*)
 
 $(BUILD)/01_data_curation.ipynb: $(BUILD)/input.txt | $(INPUT)
 $(BUILD)/02_pretraining.ipynb: $(BUILD)/01_data_curation.ipynb
@@ -51,6 +53,7 @@ $(BUILD)/00_start_here.ipynb: $(BUILD)/03_matbench.ipynb
 $(BUILD)/04_discovery.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/05_unconvbench.ipynb: $(BUILD)/02_pretraining.ipynb
 $(BUILD)/06_scaling_law.ipynb: $(BUILD)/01_data_curation.ipynb
+$(BUILD)/07_ablations.ipynb: $(BUILD)/01_data_curation.ipynb
 
 # `make 03`, `make 03_matbench` and `make matbench` mean the same notebook, with what it depends on.
 define aliases
@@ -99,6 +102,11 @@ test: $(READY)  ## unit tests, then every notebook with the smoke profile, from 
 	$(RUN) -m pytest
 	rm -rf build/smoke data/miniature $(wildcard $(addsuffix /smoke,data/processed checkpoints results tables figures))
 	$(MAKE) all PROFILE=smoke
+
+slurm: $(READY)  ## submit a notebook to Slurm: NB=02_pretraining [SLURM_ARGS='--gpus=2'] [DRY=1: write and show only]
+	$(if $(filter $(NAMES),$(NB)),,$(error expected NB=NOTEBOOK, found '$(NB)'; choose one of: $(NAMES)))
+	$(RUN) -m cloud_lib slurm --script $(BUILD)/slurm/$(NB).sbatch $(if $(DRY),--dry-run) --options='$(SLURM_ARGS)' \
+	  -- $(call EXECUTE,$(NB))
 
 bench-gpu: $(READY)  ## measure everything that needs a GPU, unattended, in 9 minutes; writes bench_out/gpu.json
 	$(RUN) -m benchmarks.bench_gpu

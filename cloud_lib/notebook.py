@@ -6,11 +6,15 @@ not have, and reads YAML 1.1, where `1e-4` is a string and `No` is false; here e
 """
 
 import ast
+import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,8 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 START_TIMEOUT_S = 300  # a loaded machine needs more than papermill's 60 s to start a kernel
-SOCKETS = Config({"KernelManager": {"transport": "ipc"}})  # parallel kernels cannot collide on TCP ports
+# Sockets are files: parallel kernels cannot collide on TCP ports. An interrupted kernel has half of the time to save.
+KERNEL = Config({"KernelManager": {"transport": "ipc", "shutdown_wait_time": 200.0}})
 
 
 class NotebookError(ValueError):
@@ -57,8 +62,9 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reading of the parameters cell stumbles
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
     try:
-        execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
-                         start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty(), config=SOCKETS)
+        with _sigterm_ends():
+            execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
+                             start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty(), config=KERNEL)
         hidden.replace(target)
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
@@ -69,6 +75,25 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
         raise NotebookError(f"{source}: the kernel died ({error}), most often for want of memory") from error
     finally:
         hidden.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """SIGTERM, as a cluster sends before the end, interrupts the cell, so that training saves; status 143."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        print("SIGTERM: interrupting the notebook; run it again to continue", file=sys.stderr, flush=True)
+        raise SystemExit(143)  # on its way out papermill interrupts the kernel and waits for it
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _first_line(text: str) -> str:

@@ -5,6 +5,7 @@ values. Workers read units from standard input one after another, so that torch 
 and not once per unit. Nothing here imports torch before a worker starts.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -36,10 +37,12 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
     folder that holds another unit's run is begun anew, unless the unit says "restart": false.
 
     Args:
+        n_workers: 0 trains nothing: it writes the unfinished units to a file for a cluster, and says so.
         threads_per_worker: OMP_NUM_THREADS of each process; processes x threads should not exceed the cores.
     Raises:
         ValueError: a unit is malformed.
-        RuntimeError: units failed (after the others have finished); names each with its last lines.
+        RuntimeError: units failed (after the others have finished); names each with its last lines. Or there are
+            unfinished ones and no workers.
     """
     for unit in units:
         _check(unit)
@@ -48,6 +51,8 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
     for i in range(len(units)):
         if i not in results:
             todo.put(i)
+    if n_workers == 0 and todo.qsize():
+        raise RuntimeError(_left_to_others([unit for i, unit in enumerate(units) if i not in results]))
     failures: dict[int, str] = {}
     n_processes = min(n_workers, todo.qsize())
     bar = tqdm(total=len(units), initial=len(results), desc="units", disable=None if progress else True)
@@ -65,6 +70,13 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
                            f"{len(lines)}:\n" + "\n".join(lines) +
                            "\nRun again to retry them; finished units are kept")
     return [results[i] for i in range(len(units))]
+
+
+def _left_to_others(units: list[dict[str, Any]]) -> str:
+    file = Path(os.path.commonpath([Path(unit["out_dir"]).resolve().parent for unit in units])) / "units.json"
+    io.write_json(file, units)
+    return (f"{len(units)} units are not finished and n_workers is 0; they are in {file}. Train them with `python -m "
+            f"cloud_lib slurm --units {file} --array`, then run this again")
 
 
 def launch(unit: dict[str, Any], n_processes: int, threads_per_process: int | None = None) -> dict[str, Any]:
@@ -187,14 +199,18 @@ def _ask(worker: subprocess.Popen, unit: dict[str, Any]) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------- the worker's side
 def worker_main(arguments: Sequence[str]) -> int:
-    """`python -m cloud_lib.train UNIT.json | UNITS.json | --worker`; returns the exit status."""
-    if len(arguments) != 1:
-        print("usage: python -m cloud_lib.train UNIT.json  (a unit or a list of units)", file=sys.stderr)
-        return 2
-    if arguments[0] == "--worker":
+    """`python -m cloud_lib.train UNIT.json | UNITS.json [--index I] | --worker`; returns the exit status."""
+    if list(arguments) == ["--worker"]:
         return _work()
-    content = io.read_json(arguments[0])
-    for unit in content if isinstance(content, list) else [content]:
+    parser = argparse.ArgumentParser(prog="python -m cloud_lib.train")
+    parser.add_argument("file", metavar="UNITS.json", help="a unit, or a list of units")
+    parser.add_argument("--index", type=int, metavar="I", help="only this one of the list, from 0")
+    args = parser.parse_args(arguments)
+    content = io.read_json(args.file)
+    found = content if isinstance(content, list) else [content]
+    if args.index is not None and not 0 <= args.index < len(found):
+        raise ValueError(f"expected an --index from 0 to {len(found) - 1} ({args.file}), found {args.index}")
+    for unit in found if args.index is None else [found[args.index]]:
         _check(unit)
         _run_one(unit)
     return 0

@@ -57,6 +57,7 @@ ARROWS = {
     "discovery": {"io", "tokenizer", "sources", "curation", "train", "predict", "metrics", "report"},
     "scaling_tables": {"io", "powerlaw", "scaling", "grid", "train", "experiments", "report"},
     "notebook": set(),
+    "slurm": {"io"},
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.
 TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", "predict"}

@@ -114,6 +114,17 @@ def test_tables_and_figures_are_restored_once(make):
     assert make("all") == ["data", *NAMES]  # a restored notebook is not taken for a run one
 
 
+def test_slurm_runs_the_command_of_the_notebook_target(make):
+    assert make("slurm", "NB=02_pretraining", "DRY=1") == ["slurm --script"]
+    shown = [subprocess.run(["make", "-n", *arguments], cwd=make.root, capture_output=True, text=True).stdout
+             for arguments in (["02"], ["slurm", "NB=02_pretraining", "SLURM_ARGS=--gpus=2 --time=08:00:00"])]
+    command = shown[0].strip().splitlines()[-1]
+    assert "02_pretraining" in command and shown[1].rstrip().endswith(f" -- {command}")
+    assert "build/demo/slurm/02_pretraining.sbatch" in shown[1] and "'--gpus=2 --time=08:00:00'" in shown[1]
+    make("slurm", "NB=2", status=2)
+    assert "expected NB=NOTEBOOK, found '2'; choose one of: 01_data_curation" in make.stderr
+
+
 def test_unknown_profile_lists_the_profiles(make):
     make("all", "PROFILE=dmeo", status=2)
     assert "unknown PROFILE 'dmeo'; choose one of: demo smoke" in make.stderr
@@ -130,5 +141,5 @@ def test_clean_keeps_data_and_checkpoints(make):
 
 def test_help_lists_the_targets(make):
     shown = subprocess.run(["make", "help"], cwd=make.root, capture_output=True, text=True, check=True).stdout
-    for target in ("all", "data", "lab", "test", "bench-gpu", "clean", *NAMES):
+    for target in ("all", "data", "lab", "test", "bench-gpu", "slurm", "clean", *NAMES):
         assert re.search(rf"\b{target}\b", shown)

@@ -1,5 +1,9 @@
 """The wrapper around papermill: parameters are checked, a failed run is never taken for a finished one."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -38,6 +42,28 @@ def test_failed_run_keeps_the_last_good_product_and_a_traceback(tmp_path, capsys
     failed = target.with_suffix(".failed.ipynb")
     assert "ZeroDivisionError" in failed.read_text()
     assert sorted(target.parent.iterdir()) == sorted([failed, target])  # nothing hidden is left
+
+
+def test_sigterm_lets_the_cell_save(tmp_path):
+    saving = f"""import time
+from pathlib import Path
+Path("{tmp_path}/started").touch()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(6)  # longer than Jupyter's own patience
+    Path("{tmp_path}/saved").touch()"""
+    source, target = _write(tmp_path / "01_a.ipynb", saving), tmp_path / "build" / "01_a.ipynb"
+    command = [sys.executable, "-m", "cloud_lib", "notebook", str(source), str(target)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}) as child:
+        while not (tmp_path / "started").exists():
+            assert child.poll() is None
+            time.sleep(0.1)
+        child.terminate()
+        assert "SIGTERM: interrupting the notebook" in child.stderr.read()
+    assert child.returncode == 143 and (tmp_path / "saved").exists()
+    assert list(target.parent.iterdir()) == []
 
 
 def test_wrong_parameters_stop_before_a_kernel_starts(tmp_path):
