@@ -128,6 +128,8 @@ def _cmd_predict(args: argparse.Namespace) -> int:
     if args.list:
         print(listing(models.choose(args.property)))
         return 0
+    if not args.paths:
+        raise ValueError("expected files or folders with crystals, found none; name them, or say --list")
     chosen = models.choose(args.property)
     pieces = use.predict_files(args.paths, models, args.property, args.device)
     form = tabular.form_of(args.output, args.format)
@@ -204,6 +206,21 @@ def _cmd_slurm(args: argparse.Namespace) -> None:
     print(text if args.dry_run else f"job {slurm.submit(script)} from {script}")
 
 
+def _cmd_export(args: argparse.Namespace) -> None:
+    from cloud_lib import transfer
+
+    print(transfer.export(args.profile, args.folder, args.parts).to_string(index=False))
+    print(f"{transfer.size_mib(args.folder):.1f} MiB in {args.folder}; on the other machine, in the repository:\n"
+          f"python -m cloud_lib.remote {args.folder} --minutes 9 --out OUT")
+
+
+def _cmd_import_results(args: argparse.Namespace) -> None:
+    from cloud_lib import transfer
+
+    counts = transfer.import_results(args.folder, args.profile, args.parts)
+    print(", ".join(f"{n} {what}" for what, n in counts.items()) or "no results in it")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(prog="python -m cloud_lib", description=__doc__.splitlines()[0])
@@ -256,7 +273,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_curation(commands)
     _add_use(commands)
     _add_slurm(commands)
+    _add_transfer(commands)
     return parser
+
+
+def _add_transfer(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write a profile's training units for a machine with torch only")
+    results = commands.add_parser("import-results", help="take back what that machine has trained")
+    for command in (export, results):
+        command.add_argument("folder", type=Path, metavar="DIR")
+        command.add_argument("--profile", nargs="+", required=True, metavar="NAME")
+        command.add_argument("--parts", nargs="+", metavar="PART", help="default: %(default)s",
+                             default=["pretraining", "matbench", "discovery", "unconvbench", "baselines", "scaling"],
+                             choices=("pretraining", "matbench", "discovery", "unconvbench", "baselines", "scaling",
+                                      "ablations"))
+    export.set_defaults(run=_cmd_export)
+    results.set_defaults(run=_cmd_import_results)
 
 
 def _add_slurm(commands: argparse._SubParsersAction) -> None:

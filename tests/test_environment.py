@@ -39,6 +39,7 @@ ARROWS = {
     "train": {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train"},
     "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
     "model_card": set(),
+    "calibration": set(),
     "bundle": {"io", "predict", "model_card"},
     "tabular": {"io", "readers", "symmetry"},
     "use": {"io", "symmetry", "representation", "tokenizer", "dataset", "predict", "bundle", "tabular"},
@@ -55,12 +56,18 @@ ARROWS = {
     "experiments": {"io", "symmetry", "representation", "tokenizer", "sources", "curation", "dataset", "train",
                     "predict", "metrics", "report"},
     "discovery": {"io", "tokenizer", "sources", "curation", "train", "predict", "metrics", "report"},
+    "forest": {"elements"},
+    "ablations": {"io", "representation", "tokenizer", "curation", "train", "experiments"},
+    "plan": {"io", "representation", "dataset", "model", "train", "notebook", "experiments", "discovery", "grid",
+             "scaling_tables", "ablations"},
+    "remote": {"io", "train", "predict"},
+    "transfer": {"io", "train", "checkpoint", "experiments", "plan", "remote"},
     "scaling_tables": {"io", "powerlaw", "scaling", "grid", "train", "experiments", "report"},
     "notebook": set(),
     "slurm": {"io"},
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.
-TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", "predict"}
+TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", "predict", "remote"}
 SAME = {"units": "train"}  # train's processes: each starts the other
 TRAINING_NODE = {"numpy", "torch", "transformers", "safetensors", "tqdm"}
 OPTIONAL = {"wandb", "tensorboard"}  # experiment trackers, used if they are there

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ("01_data_curation", "02_pretraining", "03_matbench", "00_start_here", "04_discovery", "05_unconvbench",
-         "06_scaling_law")  # in the order in which make runs them
+         "06_scaling_law", "07_ablations")  # in the order in which make runs them
 PYTHON = """#!/bin/sh
 case "$3" in
   notebook) echo "run $4"; mkdir -p "$(dirname "$5")"; grep -q fail "$4" && exit 2; cp "$4" "$5" ;;
