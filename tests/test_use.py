@@ -214,6 +214,7 @@ def test_embeddings_to_a_file(tmp_path, capsys, structures):
 
 @pytest.mark.parametrize("arguments, message", [
     (["{tmp}"], "expected CIF, POSCAR, XYZ or OPTIMADE files, found none"),
+    ([], "expected files or folders with crystals, found none; name them, or say --list"),
     (["{tmp}/none.cif"], "no such file or folder"),
     (["{tmp}/none.parquet"], "no such file or folder"),
     (["{tmp}", "--property", "colour"], "expected properties of .*found .'colour'."),
