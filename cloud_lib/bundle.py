@@ -22,7 +22,7 @@ from cloud_lib import io
 from cloud_lib.model_card import card
 
 MANIFEST, FORMAT = "models.json", 1
-PROFILES = ("paper", "demo")  # whose own models are looked for when the repository has no models/
+PROFILES = ("paper", "gpu_site", "gpu", "cpu", "demo")  # whose models are taken if there is no models/: largest first
 ONE_SIGMA = 68.27  # per cent of a normal distribution within one standard deviation
 
 
@@ -106,7 +106,7 @@ class Bundle:
 
 # -------------------------------------------------------------------------------------------------- finding
 def find(models: str | os.PathLike | None = None) -> Bundle:
-    """The bundle in a folder; without one, models/ of the repository, else the newest profile's own runs.
+    """The bundle in a folder; without one, models/ of the repository, else the first of PROFILES with runs.
 
     Args:
         models: a bundle, checkpoints/<profile>, or the folder of one fine-tuned model.
@@ -183,7 +183,8 @@ def from_runs(runs: Path) -> Bundle:
     properties = {name: _from_units(name, found, facts.get(name, {}), tasks / f"{name}.parquet", runs)
                   for name, found in folders.items()}
     encoder = "encoder" if (runs / "encoder" / "config.json").is_file() else None
-    recipe = _recipe(runs / "encoder", {}) if encoder else None
+    curation = io.results_dir() / runs.name / "curation.json"
+    recipe = _recipe(runs / "encoder", io.read_json(curation) if curation.is_file() else {}) if encoder else None
     return Bundle(runs, properties, encoder, recipe, {}, f"profile {runs.name}")
 
 
@@ -209,7 +210,7 @@ def _benchmarks(file: Path) -> dict[str, dict[str, str]]:
         return {row["task"]: row for row in csv.DictReader(handle)}
 
 
-def _recipe(model_dir: Path, facts: dict[str, str]) -> Recipe:
+def _recipe(model_dir: Path, facts: dict[str, Any]) -> Recipe:
     meta = io.read_json(model_dir / "cloud.json")
     generators = "published" if meta["vocab_version"].startswith("published") else "corrected"
     return Recipe(meta["style"], float(facts.get("symprec") or 0.01), generators)

@@ -260,6 +260,15 @@ def test_a_frozen_encoder_is_stored_once(tmp_path, monkeypatch, structures):
     assert second.to_numpy() == pytest.approx(first.to_numpy(), abs=0.05)
 
 
+def test_every_model_has_the_tolerance_of_its_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
+    runs = write_runs(tmp_path, folds=(0,))
+    io.write_json(tmp_path / "results/demo/curation.json", {"symprec": 0.05})
+    found = bundle.find()  # no models/ here: the runs of the demo
+    assert found.folder == runs and found.encoder_recipe == ("canonical", 0.05, "corrected")
+    assert {name: p.recipe.symprec for name, p in found.properties.items()} == {"dielectric": 0.01, "log_gvrh": 0.1}
+
+
 def test_one_fine_tuned_model_predicts_alone(runs, structures):
     unit = runs / "matbench/dielectric/CLOUD/fold0-seed0"
     found = use.predict_structures(structures, unit)
