@@ -167,7 +167,7 @@ def _discovery_card(profile: str, key: str, rows: "pd.DataFrame") -> dict[str, A
         "requirements": {name: versions[name] for name in ("torch", "transformers", "spglib", "numpy")
                          if name in versions},
         "trained_for_benchmark": True, "training_set": ["MP 2022"], "model_type": "Transformer",
-        "model_params": int(found.get("n_params_total", 0)), "n_estimators": 1, "training_cost": MISSING,
+        "model_params": int(found.get("n_params_total", 0)), "n_estimators": MISSING, "training_cost": MISSING,
         "train_task": "RP2RE", "test_task": "IP2E", "targets": "E", "openness": "OSOD",
         "notes": {"Description": "Space-group generators, Wyckoff positions and composition in, formation energy out; "
                                  "no distances. An independent replication of CLOUD by " + " and ".join(AUTHORS)},
