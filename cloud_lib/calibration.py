@@ -33,7 +33,8 @@ def coverage(table: pd.DataFrame, levels: Sequence[float] = LEVELS) -> pd.DataFr
 def _coverage(task: str, rows: pd.DataFrame, levels: Sequence[float]) -> Iterator[dict[str, Any]]:
     errors, folds = (rows["prediction"] - rows["target"]).abs().to_numpy(), rows["fold"].to_numpy()
     if len(np.unique(folds)) < 2:
-        raise ValueError(f"expected test rows of two folds or more of {task}, found fold {folds[:1].tolist()}; run more")
+        raise ValueError(f"expected test rows of two folds or more of {task}, found fold {folds[:1].tolist()}; "
+                         "run more folds")
     scaled = np.concatenate([errors[folds == k] / np.quantile(errors[folds != k], 0.6827) for k in np.unique(folds)])
     for level in levels:
         within = float((scaled <= norm.ppf((1 + level) / 2)).mean())

@@ -80,7 +80,8 @@ def convert_published(source: str | Path = PUBLISHED, out_dir: str | Path = "che
     check_layout(config, weights, tokenizer.vocab_size)
     cropped = crop(weights, tokenizer.vocab_size)
     tied = DECODER not in cropped or torch.equal(cropped[DECODER], cropped[WORDS])
-    config.vocab_size, config.tie_word_embeddings, config.architectures = tokenizer.vocab_size, tied, ["BertForMaskedLM"]
+    config.vocab_size, config.tie_word_embeddings = tokenizer.vocab_size, tied
+    config.architectures = ["BertForMaskedLM"]
     if tied:
         cropped = {name: value for name, value in cropped.items() if name not in (DECODER, DECODER_BIAS)}
     with io.atomic_path(out_dir) as made:

@@ -48,7 +48,8 @@ def write_matbench(profile: str, out_dir: str | Path, model: str = "CLOUD", part
     table = pd.read_parquet(file)
     rows = table[(table["model"] == model) & (table["split"] == "test")]
     if rows.empty:
-        raise ValueError(f"expected test predictions of a model of {sorted(set(table['model']))}, found none of {model!r}")
+        raise ValueError(f"expected test predictions of a model of {sorted(set(table['model']))}, found none of "
+                         f"{model!r}; name one of them with --model")
     gaps = {task: gap for task, one in rows.groupby("task") if (gap := missing_rows(task, one))}
     tasks = [task for task in matbench.TASKS if task in set(rows["task"]) and (partial or task not in gaps)]
     if not tasks:
