@@ -14,8 +14,10 @@ from cloud_lib import checkpoint, experiments, io, plan, units
 from cloud_lib.remote import ARCHIVE, REPORT, WEIGHTS
 from cloud_lib.train import unit_identity
 
+PARTS = plan.PARTS[:-1]  # ablations on request: their strings in eight styles are as much data as all the rest
 
-def export(profiles: Sequence[str], out: Path, parts: Sequence[str] = plan.PARTS) -> pd.DataFrame:
+
+def export(profiles: Sequence[str], out: Path, parts: Sequence[str] = PARTS) -> pd.DataFrame:
     """Write the units of profiles, the most wanted first, with the packed tokens that they need.
 
     `out` gets units.json and data.tar.xz, all that `python -m cloud_lib.remote` reads. Units that have finished here
@@ -24,12 +26,14 @@ def export(profiles: Sequence[str], out: Path, parts: Sequence[str] = plan.PARTS
     Returns:
         The number of units by profile, part and wave.
     Raises:
-        FileNotFoundError, ValueError: see `plan.jobs`.
+        FileNotFoundError, ValueError: see `plan.jobs`; also if everything has finished.
     """
     everything = plan.jobs(profiles, parts)
     source = {str(folder): job for job in everything for folder in (job.publish, _model(job)) if folder}
     done = units.finished([job.unit for job in everything])
     listed = [_relative(job, source) for job in everything if job.unit not in done]
+    if not listed:
+        raise ValueError(f"expected units to export, found none left of {len(everything)}; all have finished here")
     needed = {job["unit"]["config"]["init"] for job in listed if job["starts_from_unit"]}
     weights = {name for name in needed if source[str(_runs_root() / name)].unit in done}
     with io.atomic_path(out / "data.tar.xz") as temporary, tarfile.open(temporary, "w:xz", preset=4) as archive:
@@ -72,7 +76,7 @@ def _from_root(path: str, root: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- and back
-def import_results(folder: Path, profiles: Sequence[str], parts: Sequence[str] = plan.PARTS) -> Counter:
+def import_results(folder: Path, profiles: Sequence[str], parts: Sequence[str] = PARTS) -> Counter:
     """Put what `cloud_lib.remote` packed into `folder` where the notebooks look for finished units.
 
     A result counts only if its settings, data and initial weights are those that the notebooks would use now.
