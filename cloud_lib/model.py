@@ -305,7 +305,8 @@ def load_encoder(source: str, vocab_sha256: str | None = None, vocab_size: int |
     """
     if source.startswith("hub:"):
         owner, name, *rest = source.removeprefix("hub:").split("/")
-        bert = BertModel.from_pretrained(f"{owner}/{name}", subfolder="/".join(rest), add_pooling_layer=False)
+        bert = BertModel.from_pretrained(f"{owner}/{name}", subfolder="/".join(rest), add_pooling_layer=False,
+                                         use_safetensors=True)
         return crop_vocab(bert, vocab_size) if vocab_size else bert
     path = Path(source)
     if not (path / "config.json").is_file():
@@ -329,7 +330,7 @@ def _read_encoder(path: Path) -> BertModel:
     """Encoder of a folder written by save_model (with or without MLM head) or by transformers."""
     file = path / WEIGHTS_FILE
     if not file.is_file():
-        return BertModel.from_pretrained(path, add_pooling_layer=False)
+        return BertModel.from_pretrained(path, add_pooling_layer=False, use_safetensors=True)
     bert = BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False)
     state = {name.removeprefix("bert."): value for name, value in load_file(file).items()}
     bert.load_state_dict({name: state[name] for name in bert.state_dict()})
