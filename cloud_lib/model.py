@@ -374,8 +374,7 @@ def weights_sha256(model_dir: str | os.PathLike) -> str:
     Raises:
         FileNotFoundError: there are none.
     """
-    files = [file for pattern in ("model*.safetensors", "pytorch_model*.bin")
-             for file in sorted(Path(model_dir).glob(pattern))]
+    files = sorted(Path(model_dir).glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"expected weights in {model_dir}, found none; run the pre-training first")
     return io.sha256(files[0])
