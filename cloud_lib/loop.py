@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cloud_lib import checkpoint, dataset, model as models, runtime
+from cloud_lib import checkpoint, dataset, model as models, runtime, sharding
 from cloud_lib.model import Packed, Regressor
 
 
@@ -27,6 +27,7 @@ class RunConfig:
     device: str = "auto"             # "cpu", "cuda", "cuda:1"
     precision: str = "auto"          # "bf16", "fp32"
     token_budget: int | None = None  # tokens per micro-batch; None = 4,096 on a CPU, 32,768 on a GPU
+    parallel: str = "ddp"            # several processes; "fsdp" also spreads the optimizer's state over them
     compile: bool | None = None      # torch.compile; None = on a GPU, for runs long enough to earn it back
     log_every: int = 20              # steps
     checkpoint_minutes: float = 5.0
@@ -54,7 +55,8 @@ class Plan(NamedTuple):
     loss: Callable[[nn.Module, Packed], Tensor]  # summed over a piece
     evaluate: Callable[[], dict[str, Any]]       # its "loss": the smaller the better
     evaluate_at: Callable[[int], bool]
-    optimizer: torch.optim.Optimizer
+    trained: nn.Module                           # the model, or its copy that is spread over the processes
+    optimizer: torch.optim.Optimizer             # of `trained`
     run: RunConfig
     seed: int
     warmup_ratio: float
@@ -92,7 +94,7 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
         RuntimeError: out of memory; says which micro-batch fits.
         SystemExit: SIGTERM came; everything is saved (status 143).
     """
-    start, best = _resume(model, plan.optimizer, out_dir, identity)
+    start, best = _resume(model, plan, out_dir, identity)
     journal = runtime.Journal(out_dir, run, start, plan.n_steps, models.encoder_size(model),
                               plan.run.progress, plan.run.tensorboard, plan.run.wandb_project)
     data = runtime.Prefetch(lambda step: plan.prepare(step, run.token_budget(plan.run.token_budget)), start,
@@ -104,6 +106,7 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
         for step in range(start, plan.n_steps + 1):
             if step > start and (step == plan.n_steps or plan.evaluate_at(step)):
                 with journal.paused():
+                    _gather(plan, model)
                     _note(best, step, plan.evaluate(), model, journal)
             best.last_step, best.elapsed_s = step, time.perf_counter() - began
             if step == plan.n_steps or best.evaluations_since >= (plan.patience or math.inf):
@@ -113,7 +116,8 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
                 if stop or _due(plan.run, step, saved):
                     with journal.paused():
                         _check_finite(losses, step, plan, run, out_dir)
-                        _save(best, model, plan.optimizer, out_dir, identity, plan.run.keep_last, run)
+                        _gather(plan, model)
+                        _save(best, model, plan, out_dir, identity, run)
                     saved = time.perf_counter()
                 if stop:
                     journal.say(f"SIGTERM: saved after step {step} in {out_dir}; run again to continue")
@@ -141,11 +145,12 @@ def fit(plan: Plan, model: nn.Module, run: runtime.Run, out_dir: Path, identity:
 def _network(model: nn.Module, frozen: bool, plan: Plan, run: runtime.Run) -> nn.Module:
     """The model as the loop calls it, its encoder frozen or not."""
     if isinstance(model, Regressor):
-        model.bert.requires_grad_(not frozen)
-    compiled = plan.run.compile
+        plan.trained.bert.requires_grad_(not frozen)
+    whole, compiled = plan.trained is model, plan.run.compile
     if compiled is None:
-        compiled = run.device.type == "cuda" and plan.n_steps >= 500
-    return run.wrap(torch.compile(model, dynamic=True) if compiled else model)
+        compiled = run.device.type == "cuda" and plan.n_steps >= 500 and whole
+    net = torch.compile(plan.trained, dynamic=True) if compiled else plan.trained
+    return run.wrap(net) if whole else net
 
 
 def _step(net: nn.Module, model: nn.Module, batch: Prepared, plan: Plan, run: runtime.Run, factor: float,
@@ -155,8 +160,7 @@ def _step(net: nn.Module, model: nn.Module, batch: Prepared, plan: Plan, run: ru
     total = torch.zeros((), device=run.device)
     try:
         for i, piece in enumerate(batch.pieces):
-            alone = run.world_size > 1 and i + 1 < len(batch.pieces)
-            with net.no_sync() if alone else contextlib.nullcontext():
+            with _together(net, model, plan, run, last=i + 1 == len(batch.pieces)):
                 with run.autocast():
                     loss = plan.loss(net, piece)
                 (loss * (run.world_size / batch.n)).backward()  # DDP takes the mean over the processes
@@ -164,12 +168,27 @@ def _step(net: nn.Module, model: nn.Module, batch: Prepared, plan: Plan, run: ru
     except torch.OutOfMemoryError as error:
         raise RuntimeError(_out_of_memory(model, batch, plan, run, step)) from error
     if plan.clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        nn.utils.clip_grad_norm_(plan.trained.parameters(), plan.clip)
     for group in plan.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     plan.optimizer.step()
     plan.optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _together(net: nn.Module, model: nn.Module, plan: Plan, run: runtime.Run,
+              last: bool) -> contextlib.AbstractContextManager:
+    """The processes sum their gradients in the step's last micro-batch only."""
+    if plan.trained is not model:
+        sharding.set_last(plan.trained, last)
+    return net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) and not last else (
+        contextlib.nullcontext())
+
+
+def _gather(plan: Plan, model: nn.Module) -> None:
+    """Bring the model up to date with what is trained."""
+    if plan.trained is not model:
+        sharding.gather(plan.trained, model)
 
 
 def _out_of_memory(model: nn.Module, batch: Prepared, plan: Plan, run: runtime.Run, step: int) -> str:
@@ -219,19 +238,20 @@ def _due(how: RunConfig, step: int, saved: float) -> bool:
     return by_steps or time.perf_counter() - saved > 60 * how.checkpoint_minutes
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, out_dir: Path,
-            identity: dict[str, Any]) -> tuple[int, Best]:
+def _resume(model: nn.Module, plan: Plan, out_dir: Path, identity: dict[str, Any]) -> tuple[int, Best]:
     found = checkpoint.latest(out_dir / "checkpoints", identity)
     if found is None:
         return 0, Best()
     step, state = found
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    if plan.trained is not model:
+        sharding.scatter(model, plan.trained)
+    sharding.load_optimizer(plan.optimizer, state["optimizer"])
     return step, Best(**state["best"])
 
 
-def _save(best: Best, model: nn.Module, optimizer: torch.optim.Optimizer, out_dir: Path,
-          identity: dict[str, Any], keep_last: int, run: runtime.Run) -> None:
+def _save(best: Best, model: nn.Module, plan: Plan, out_dir: Path, identity: dict[str, Any],
+          run: runtime.Run) -> None:
+    state = {"model": model.state_dict(), "optimizer": sharding.optimizer_state(plan.optimizer), "best": vars(best)}
     if run.rank == 0:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": vars(best)}
-        checkpoint.save(out_dir / "checkpoints", best.last_step, state, identity, keep_last)
+        checkpoint.save(out_dir / "checkpoints", best.last_step, state, identity, plan.run.keep_last)

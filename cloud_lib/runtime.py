@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from cloud_lib import model as models
+from cloud_lib import model as models, sharding
 
 # Dense bfloat16 peak [FLOP/s] without sparsity, from NVIDIA's data sheets; the first name that fits counts.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
@@ -56,6 +56,18 @@ class Run:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def spread(self, model: nn.Module, parallel: str) -> nn.Module:
+        """What the optimizer works on: the model itself, or ("fsdp") a copy whose state the processes share out.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        if parallel not in ("ddp", "fsdp"):
+            raise ValueError(f'expected parallel "ddp" or "fsdp", found "{parallel}"')
+        if parallel == "ddp" or self.world_size == 1:
+            return model
+        return sharding.shard(model, self.device, self.world_size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is called in training: one gradient for all processes."""
@@ -94,8 +106,9 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f'expected a GPU for device="{name}", found none; say device="auto" or "cpu"')
-    local = f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""
-    return torch.device(name + local)
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

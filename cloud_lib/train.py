@@ -133,7 +133,7 @@ def pretrain(config: PretrainConfig, data_dir: str | os.PathLike, out_dir: str |
 
         n_steps = _n_steps(config, len(train_rows), run)
         interval = max(1, n_steps // max(1, config.n_evals))
-        best = fit(_plan(config, model, n_steps, prepare_step, lambda net, piece: net(piece)[0],
+        best = fit(_plan(config, model, run, n_steps, prepare_step, lambda net, piece: net(piece)[0],
                          lambda: evaluate(eval_rows), lambda step: step % interval == 0), model, run, out_dir,
                    identity)
         final = evaluate(val_rows)
@@ -203,7 +203,7 @@ def finetune(config: FinetuneConfig, task_dir: str | os.PathLike, out_dir: str |
         def epoch_ends(step: int) -> bool:
             return step * config.batch_size // n_train > (step - 1) * config.batch_size // n_train
 
-        best = fit(_plan(config, model, _n_steps(config, n_train, run), prepare_step,
+        best = fit(_plan(config, model, run, _n_steps(config, n_train, run), prepare_step,
                          lambda net, piece: loss_of(net(piece), piece.target, reduction="sum"),
                          lambda: {"loss": _mae(predict("val"), target[rows["val"]])}, epoch_ends,
                          round(config.frozen_epochs * n_train / config.batch_size), config.patience),
@@ -292,14 +292,18 @@ def _write_predictions(file: Path, packed: PackedTokens, config: FinetuneConfig,
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-def _plan(config: PretrainConfig | FinetuneConfig, model: nn.Module, n_steps: int, *what: Any) -> Plan:
+def _plan(config: PretrainConfig | FinetuneConfig, model: nn.Module, run: runtime.Run, n_steps: int,
+          *what: Any) -> Plan:
     """Plan with the settings that both kinds of training share.
 
     `what`: prepare, loss, evaluate, evaluate_at and, for fine-tuning, frozen_steps and patience.
+    Raises:
+        ValueError: unknown RunConfig.parallel, or one that cannot be had.
     """
+    trained = run.spread(model, config.run.parallel)
     extra = (config.layer_decay, config.head_lr) if isinstance(config, FinetuneConfig) else ()
-    optimizer = runtime.make_optimizer(model, config.lr, config.weight_decay, *extra)
-    return Plan(n_steps, *what[:4], optimizer, config.run, config.seed, config.warmup_ratio, config.clip,
+    optimizer = runtime.make_optimizer(trained, config.lr, config.weight_decay, *extra)
+    return Plan(n_steps, *what[:4], trained, optimizer, config.run, config.seed, config.warmup_ratio, config.clip,
                 *what[4:])
 
 

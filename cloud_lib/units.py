@@ -146,8 +146,8 @@ def _environment(threads: int) -> dict[str, str]:
 def _workers(n: int, threads: int) -> Iterator[list[subprocess.Popen]]:
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(_ended(subprocess.Popen(
-            [sys.executable, "-m", "cloud_lib.train", "--worker"], env=_environment(threads), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE))) for _ in range(n)]
+            [sys.executable, "-m", "cloud_lib.train", "--worker"], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=_environment(threads) | {"LOCAL_RANK": str(i)}))) for i in range(n)]
         try:
             yield found
         except BaseException:

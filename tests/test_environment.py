@@ -34,8 +34,9 @@ ARROWS = {
     "dataset": {"io"},
     "model": {"io"},
     "checkpoint": {"io", "model"},
-    "runtime": {"io", "dataset", "model", "checkpoint"},
-    "loop": {"io", "dataset", "model", "checkpoint", "runtime"},
+    "sharding": set(),
+    "runtime": {"io", "dataset", "model", "checkpoint", "sharding"},
+    "loop": {"io", "dataset", "model", "checkpoint", "runtime", "sharding"},
     "train": {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train"},
     "predict": {"io", "dataset", "model", "checkpoint", "runtime"},
     "model_card": set(),
@@ -67,11 +68,11 @@ ARROWS = {
     "slurm": {"io"},
 }
 # A training node has torch, transformers, NumPy and the packed arrays, nothing else.
-TRAINING = {"io", "dataset", "model", "checkpoint", "runtime", "loop", "train", "predict", "remote"}
+TRAINING = {"io", "dataset", "model", "checkpoint", "sharding", "runtime", "loop", "train", "predict", "remote"}
 SAME = {"units": "train"}  # train's processes: each starts the other
 TRAINING_NODE = {"numpy", "torch", "transformers", "safetensors", "tqdm"}
 OPTIONAL = {"wandb", "tensorboard"}  # experiment trackers, used if they are there
-USE_TORCH = {"model", "train", "loop", "predict", "checkpoint", "runtime", "hub"}
+USE_TORCH = {"model", "train", "loop", "predict", "checkpoint", "runtime", "sharding", "hub"}
 
 
 def _lock() -> dict[str, Requirement]:

@@ -232,8 +232,10 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- many processes
-def test_two_processes_follow_the_loss_of_one(tmp_path, corpus):
-    config = replace(PRETRAIN, encoder=replace(TINY, dropout=0.0), run=replace(RUN, log_every=1))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_the_loss_of_one(tmp_path, corpus, parallel):
+    how = replace(RUN, log_every=1, parallel=parallel)
+    config = replace(PRETRAIN, encoder=replace(TINY, dropout=0.0), run=how)
     unit = {"kind": "pretrain", "config": io.plain(config), "data_dir": str(corpus), "out_dir": str(tmp_path / "two")}
     one, two = pretrain(config, corpus, tmp_path / "one"), units.launch(unit, 2, threads_per_process=1)
     assert (one["world_size"], two["world_size"]) == (1, 2)
@@ -242,6 +244,41 @@ def test_two_processes_follow_the_loss_of_one(tmp_path, corpus):
     assert two["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
     assert two["n_tokens_seen"] == one["n_tokens_seen"] and two["n_masked"] == one["n_masked"]
     assert units.launch(unit, 2) == two  # finished: read, not run
+
+
+def test_a_checkpoint_is_the_same_for_any_number_of_processes(tmp_path, monkeypatch, corpus):
+    """One process, then two that share out the optimizer's state, then one: as one from start to end."""
+    config = replace(PRETRAIN, encoder=replace(TINY, dropout=0.0), n_steps=300, n_evals=1)
+    whole = pretrain(config, corpus, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _at_call(patch, 8, _interrupt)
+        pretrain(_with_run(config, checkpoint_every=5), corpus, tmp_path / "parts")
+    unit = {"kind": "pretrain", "config": io.plain(_with_run(config, parallel="fsdp", checkpoint_every=5)),
+            "data_dir": str(corpus), "out_dir": str(tmp_path / "parts")}
+    file, folder = io.write_json(tmp_path / "unit.json", unit), tmp_path / "parts" / "checkpoints"
+    command = [sys.executable, "-m", "cloud_lib.units", "--standalone", "--nproc-per-node", "2", "-m", "cloud_lib.train"]
+    with subprocess.Popen([*command, str(file)], env=units._environment(1), stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as child:
+        while child.poll() is None and (folder / "step_00000005").exists():
+            time.sleep(0.02)
+        child.terminate()
+    assert child.returncode != 0 and 5 < int(max(folder.iterdir()).name.removeprefix("step_")) < 300
+    parts = pretrain(config, corpus, tmp_path / "parts")
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+    losses = [[row["loss"] for row in _rows(tmp_path / run, "train")] for run in ("whole", "parts")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_unknown_ways_to_spread_a_model_are_refused(tmp_path, corpus):
+    with pytest.raises(ValueError, match='expected parallel "ddp" or "fsdp", found "tp"'):
+        pretrain(_with_run(PRETRAIN, parallel="tp"), corpus, tmp_path)
+
+
+def test_workers_take_turns_on_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(runtime.choose_device("auto")) == "cuda:1" and str(runtime.choose_device("cuda:0")) == "cuda:0"
 
 
 def test_units_run_side_by_side_and_finished_ones_are_kept(tmp_path, task, pretrained):
@@ -273,7 +310,9 @@ def test_malformed_units_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="settings of RunConfig, found unknown"):
         train.from_dict(FinetuneConfig, {"run": {"gpu": 1}})
     assert train.from_dict(PretrainConfig, io.plain(PRETRAIN)) == PRETRAIN
-    assert units.worker_main([]) == 2 and "usage" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        units.worker_main([])
+    assert "usage: python -m cloud_lib.train" in capsys.readouterr().err
 
 
 def test_workers_of_a_killed_parent_save_and_end(tmp_path, corpus):
