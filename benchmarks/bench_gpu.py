@@ -160,8 +160,8 @@ def profile(packed: PackedTokens, **how: Any) -> dict[str, float]:
         batch = dataset.training_batch(packed, rows, BATCH, 0.15, 0, step)
         return loop.prepare(batch, len(batch.masked), budget, run)
 
-    plan = loop.Plan(10, prepare, lambda net, piece: net(piece)[0], dict, bool, optimizer, RunConfig(**how),
-                     seed=0, warmup_ratio=0.1, clip=1.0)
+    plan = loop.Plan(10, prepare, lambda net, piece: net(piece)[0], dict, bool, model, optimizer,
+                     RunConfig(**how), seed=0, warmup_ratio=0.1, clip=1.0)
     net = torch.compile(model, dynamic=True) if how.get("compile") else model
     for step in range(4):
         loop._step(net, model, prepare(step, 32_768), plan, run, 1.0, step)
