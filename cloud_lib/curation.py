@@ -322,14 +322,14 @@ def pack_corpus(corpus: Path, style: str, tokenizer: "Tokenizer", out_dir: Path,
         raise ValueError(f"expected strings of style {style} in {corpus}, found none")
     counts = {"n": len(strings), "n_distinct_strings": len(set(strings)),
               "n_without_string": n_kept - len(strings), "n_excluded": n_all - n_kept}
-    _pack(strings, style, tokenizer, Path(out_dir), counts)
+    _pack(strings, style, tokenizer, Path(out_dir), {"counts": counts})
     return counts
 
 
 def pack_task(task_table: Path, style: str, tokenizer: "Tokenizer", out_dir: Path) -> dict:
     """Packed tokens of a task with labels (target, fold, row) and material_id; returns the counts.
 
-    An ablation style is made from the canonical strings.
+    An ablation style is made from the canonical strings. The packed meta names the task and its number of folds.
     """
     import pandas as pd
 
@@ -339,7 +339,8 @@ def pack_task(task_table: Path, style: str, tokenizer: "Tokenizer", out_dir: Pat
     labels = {name: usable[name].to_numpy() for name in ("target", "fold", "row")}
     names = usable["material_id"].tolist()
     strings = _strings(usable[_written(style)], usable["space_group"], style)
-    _pack(strings, style, tokenizer, Path(out_dir), counts, labels, names)
+    about = {"task": task_table.stem, "n_folds": int(table["fold"].max()) + 1}
+    _pack(strings, style, tokenizer, Path(out_dir), about | {"counts": counts}, labels, names)
     return counts
 
 
@@ -354,7 +355,7 @@ def _strings(written: Iterable[str], space_groups: Iterable[int], style: str) ->
     return [ablate(text, int(group), style) for text, group in zip(written, space_groups, strict=True)]
 
 
-def _pack(strings: Iterable[str], style: str, tokenizer: "Tokenizer", out_dir: Path, counts: dict,
+def _pack(strings: Iterable[str], style: str, tokenizer: "Tokenizer", out_dir: Path, about: dict,
           labels: dict[str, np.ndarray] | None = None, material_id: list[str] | None = None) -> None:
     from cloud_lib.dataset import pack
 
@@ -362,5 +363,5 @@ def _pack(strings: Iterable[str], style: str, tokenizer: "Tokenizer", out_dir: P
     meta = {"style": style, "vocab_sha256": tokenizer.sha256, "vocab_version": tokenizer.version,
             "vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id, "cls_id": tokenizer.cls_id,
             "sep_id": tokenizer.sep_id, "n_special": int((tokenizer.part_of_id == 0).sum()),
-            "part_of_id": tokenizer.part_of_id.tolist(), "counts": counts}
+            "part_of_id": tokenizer.part_of_id.tolist()} | about
     pack(tokens, offsets, out_dir, meta, labels, material_id)

@@ -230,6 +230,7 @@ def test_packed_tokens_decode_to_the_strings(corpus, task, tmp_path):
     counts = curation.pack_task(task[0] / "toy.parquet", "canonical", tokenizer, tmp_path / "toy")
     packed, table = PackedTokens.open(tmp_path / "toy"), read(task[0] / "toy.parquet")
     assert counts == {"n": 20, "n_without_string": 0}
+    assert (packed.meta["task"], packed.meta["n_folds"]) == ("toy", table["fold"].max() + 1)
     assert packed.material_id() == table["material_id"].tolist()
     assert all((packed.labels()[name] == table[name]).all() for name in ("target", "fold", "row"))
 
