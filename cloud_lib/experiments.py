@@ -340,13 +340,14 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
 
 
 def paired_scores(found: pd.DataFrame, pretrained: str, scratch: str) -> pd.DataFrame:
-    """Figure 2: a line per task with `mae_` and `std_` of the two models, and the change in per cent."""
+    """Figure 2: a line per task that both models have, with their `mae_` and `std_`, and the change in per cent."""
     wide = found[found["model"].isin([pretrained, scratch])].pivot(index="task", columns="model", values=["mae", "mae_std"])
-    wide = wide.reindex(found["task"].unique())
+    both = pd.MultiIndex.from_product([["mae", "mae_std"], [pretrained, scratch]])
+    wide = wide.reindex(index=found["task"].unique(), columns=both)
     table = pd.DataFrame({f"{column}_{name}": wide[value, model] for name, model in (("scratch", scratch),
                           ("pretrained", pretrained)) for column, value in (("mae", "mae"), ("std", "mae_std"))})
     table["change_percent"] = 100 * (table["mae_pretrained"] / table["mae_scratch"] - 1)
-    return table.reset_index()
+    return table.dropna(subset="change_percent").reset_index()
 
 
 def paper_models(paper: pd.DataFrame, exclude: Sequence[str] = ()) -> pd.DataFrame:

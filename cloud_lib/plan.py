@@ -172,7 +172,7 @@ def _ablations(profile: str) -> list[Job]:
     ablations.pack(chosen, tasks, data)
     pretraining = PretrainConfig(EncoderConfig(p["n_layers"], p["n_heads"]), epochs=p["pretrain_epochs"],
                                  batch_size=p["pretrain_batch_size"], lr=p["pretrain_learning_rate"], val_fraction=0.05,
-                                 n_train=p["n_pretrain"] or None)
+                                 n_train=p["n_pretrain"] or None, n_evals=1)
     finetuning = FinetuneConfig(epochs=p["epochs"], batch_size=p["batch_size"], lr=p["learning_rate"], warmup_ratio=0.1,
                                 n_train=p["n_train"] or None)
     first = ablations.pretraining_units(chosen, pretraining, data, runs / "ablations")
