@@ -24,7 +24,7 @@ from cloud_lib.predict import save_bfloat16
 
 RESULTS = ("result.json", "identity.json", "predictions.csv", "log.jsonl")
 ARCHIVE, REPORT, WEIGHTS = "results.tar.gz", "report.json", "weights"
-PART_BYTES, N_PARTS = 16 * 2**20, 7  # with the report: 8 files
+PART_BYTES, N_PARTS = 15 * 2**20, 4  # of what goes back; with the report 5 files, below 64 MiB together
 
 
 class TimeOver(Exception):
@@ -39,13 +39,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = [job for job in jobs if _wanted(job, args)]
     failures = train(todo, args.work, deadline, args.workers, args.threads, vars(args))
     done = [job for job in jobs if units.finished([job["unit"]])]
-    report = pack(done, args.work, args.out, args.weights) | {"failures": failures, "n_jobs": len(jobs)}
-    report |= {"versions": io.versions(), "device": io.device_name()}
+    earlier = _packed_before(args.work) if args.new else []
+    report = pack([job for job in done if job["name"] not in earlier], args.work, args.out, args.weights)
+    report |= {"failures": failures, "n_jobs": len(jobs), "versions": io.versions(), "device": io.device_name()}
     io.write_json(args.out / REPORT, report)
+    io.write_json(args.work / "packed.json", sorted({*earlier, *report["packed"]}))
+    print("\n".join([*_summary(jobs, done), *failures]))
     print(f"{len(done)} of {len(jobs)} units have finished, {len(report['packed'])} are in {args.out}"
           f"{', left out for size: ' + str(len(report['left_out'])) if report['left_out'] else ''}")
-    print("\n".join(failures))
     return int(bool(failures))
+
+
+def _packed_before(work: Path) -> list[str]:
+    file = work / "packed.json"
+    return io.read_json(file) if file.is_file() else []
+
+
+def _summary(jobs: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line per folder of units: how many have finished, and their mean time, to plan the next call with."""
+    for folder in dict.fromkeys(Path(job["name"]).parent.as_posix() for job in jobs):
+        n = sum(Path(job["name"]).parent.as_posix() == folder for job in jobs)
+        times = [io.read_json(Path(job["unit"]["out_dir"]) / "result.json")["wall_time_s"] for job in done
+                 if Path(job["name"]).parent.as_posix() == folder]
+        yield f"{folder}: {len(times)} of {n}" + (f", {sum(times) / len(times):.0f} s each" if times else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN",
                         help="units to train, such as 'gpu/pretraining' 'gpu/matbench/jdft2d/*' (default: all)")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="units not to train")
+    parser.add_argument("--new", action="store_true", help="pack only what no earlier call in this WORK has packed")
     parser.add_argument("--weights", nargs="+", default=[], metavar="PATTERN",
                         help="fine-tuned models that go back, too, in bfloat16 (default: none; encoders always do)")
     return parser

@@ -57,7 +57,9 @@ def returned(root):
     statuses = [remote.main([*call, "--minutes", "0.1"])]
     first = io.read_json(root / "out" / "report.json")
     statuses.append(remote.main([*call, "--minutes", "5", "--weights", "tiny/matbench/jdft2d/CLOUD/fold0-*"]))
-    assert statuses == [0, 0] and len(first["packed"]) < first["n_jobs"]
+    statuses.append(remote.main([*call, "--minutes", "1", "--out", str(root / "rest"), "--new"]))
+    assert statuses == [0, 0, 0] and len(first["packed"]) < first["n_jobs"]
+    assert io.read_json(root / "rest" / "report.json")["packed"] == []
     return root / "out"
 
 
@@ -128,11 +130,10 @@ def test_wishes_that_cannot_be_met(root):
 
 
 def test_what_is_too_much_is_left_out(root, returned, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PART_BYTES", 160_000)
-    monkeypatch.setattr(remote, "N_PARTS", 7)
+    monkeypatch.setattr(remote, "PART_BYTES", 290_000)
     jobs = remote.open_export(root / "export", root / "work")
     report = remote.pack(jobs, root / "work", tmp_path, [])
-    assert len(report["parts"]) <= 7 and report["packed"] and report["left_out"]
+    assert len(report["parts"]) <= remote.N_PARTS and report["packed"] and report["left_out"]
     assert not set(report["packed"]) & set(report["left_out"])
 
 
