@@ -122,13 +122,22 @@ def _benchmarks(profile: str, benchmark: str, p: dict[str, Any]) -> list[tuple[s
 def _discovery(profile: str) -> list[Job]:
     p, data = parameters("04_discovery", profile), io.processed_dir(profile)
     style = parameters("01_data_curation", profile)["style"]
-    discovery.prepare(data, style, p["symprec"], p["max_train_rows"] or None, p["n_workers"])
+    _prepare_discovery(data, style, p)
     config = FinetuneConfig(str(io.checkpoints_dir(profile) / "encoder"), epochs=p["epochs"], batch_size=p["batch_size"],
                             lr=p["learning_rate"], warmup_ratio=p["warmup_ratio"], frozen_epochs=p["frozen_epochs"],
                             n_hidden=p["head_layers"], val_fraction=p["val_fraction"])
     found = experiments.finetune_units(["discovery"], data / "tokens", {"CLOUD": config}, [0], p["seeds"],
                                        io.checkpoints_dir(profile) / "discovery")
     return [Job(unit, 1, 4) for unit in found]
+
+
+def _prepare_discovery(data: Path, style: str, p: dict[str, Any]) -> None:
+    """As notebook 4, but once: reading 100,000 structures takes minutes."""
+    settings = {"style": style, "symprec": p["symprec"], "max_train_rows": p["max_train_rows"]}
+    stamp = data / "tasks" / "discovery.settings.json"
+    if not (stamp.is_file() and io.read_json(stamp) == settings and (data / "tokens" / "discovery").is_dir()):
+        discovery.prepare(data, style, p["symprec"], p["max_train_rows"] or None, p["n_workers"])
+        io.write_json(stamp, settings)
 
 
 def _unconvbench(profile: str) -> list[Job]:

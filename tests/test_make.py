@@ -14,6 +14,7 @@ NAMES = ("01_data_curation", "02_pretraining", "03_matbench", "00_start_here", "
 PYTHON = """#!/bin/sh
 case "$3" in
   notebook) echo "run $4"; mkdir -p "$(dirname "$5")"; grep -q fail "$4" && exit 2; cp "$4" "$5" ;;
+  slurm) echo "run $3 $4" ;;
   *) echo "run $3 $4"; [ -z "$4" ] || { mkdir -p "$4"; touch "$4/SYNTHETIC.txt"; } ;;
 esac
 """
@@ -122,7 +123,7 @@ def test_slurm_runs_the_command_of_the_notebook_target(make):
     assert "02_pretraining" in command and shown[1].rstrip().endswith(f" -- {command}")
     assert "build/demo/slurm/02_pretraining.sbatch" in shown[1] and "'--gpus=2 --time=08:00:00'" in shown[1]
     make("slurm", "NB=2", status=2)
-    assert "expected NB=NOTEBOOK, found '2'; choose one of: 01_data_curation" in make.stderr
+    assert "expected NB=NOTEBOOK, found '2'; choose one of: 00_start_here" in make.stderr
 
 
 def test_unknown_profile_lists_the_profiles(make):
