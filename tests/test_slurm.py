@@ -191,6 +191,7 @@ def controller(tmp_path, monkeypatch):
         yield
     finally:
         subprocess.run(["scancel", "--full", f"--user={getpass.getuser()}"], capture_output=True)
+        _wait_for(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True).stdout, seconds=30)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(30)
