@@ -191,8 +191,10 @@ def publish(jobs: Sequence[dict[str, Any]]) -> None:
 def pack(done: Sequence[dict[str, Any]], work: Path, out: Path, weights: Sequence[str]) -> dict[str, Any]:
     """Write the finished jobs, first ones first, as parts of one archive; what is too much is left out.
 
+    A job whose weights are too large goes without them: its results, and those that started from it, still count.
+
     Returns:
-        `packed` and `left_out` (names), `parts` (file names in order) and the archive's `sha256`.
+        `packed` and `left_out` (names of jobs, or of their model folders), `parts` (file names in order) and the archive's `sha256`.
     """
     out.mkdir(parents=True, exist_ok=True)
     for stale in (out / REPORT, *out.glob(f"{ARCHIVE}.*")):
@@ -201,13 +203,14 @@ def pack(done: Sequence[dict[str, Any]], work: Path, out: Path, weights: Sequenc
     with open(archive, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz", compresslevel=6) as tar:
         for job in done:
             files = dict(_files(job, work, weights))
-            size = sum(file.stat().st_size for file in files.values())
-            if raw.tell() + size > PART_BYTES * N_PARTS - 2**20:
-                left_out.append(job["name"])
-                continue
-            for name, file in files.items():
-                tar.add(file, f"{job['name']}/{name}")
-            packed.append(job["name"])
+            room = PART_BYTES * N_PARTS - 2**20 - raw.tell()
+            if _size(files) > room:
+                left_out.append(f"{job['name']}/model" if "model/config.json" in files else job["name"])
+                files = {name: file for name, file in files.items() if not name.startswith("model/")}
+            if _size(files) <= room:
+                for name, file in files.items():
+                    tar.add(file, f"{job['name']}/{name}")
+                packed.append(job["name"])
     return {"packed": packed, "left_out": left_out, "parts": _split(archive, out), "sha256": io.sha256(archive)}
 
 
@@ -221,6 +224,10 @@ def _files(job: dict[str, Any], work: Path, weights: Sequence[str]) -> Iterator[
         save_bfloat16(folder / "model", model)
     if model:
         yield from ((f"model/{file.name}", file) for file in sorted(model.iterdir()) if file.name != "made_from.json")
+
+
+def _size(files: dict[str, Path]) -> int:
+    return sum(file.stat().st_size for file in files.values())
 
 
 def _split(archive: Path, out: Path) -> list[str]:

@@ -129,16 +129,21 @@ def test_wishes_that_cannot_be_met(root):
         plan.jobs(["huge"])
 
 
-def test_what_is_too_much_is_left_out(root, returned, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PART_BYTES", 290_000)
-    jobs = remote.open_export(root / "export", root / "work")
-    report = remote.pack(jobs, root / "work", tmp_path, [])
-    assert len(report["parts"]) <= remote.N_PARTS and report["packed"] and report["left_out"]
-    assert not set(report["packed"]) & set(report["left_out"])
-
-
 def test_the_other_machine_needs_torch_and_numpy_only():
     code = ("import sys\nfor name in 'pandas pymatgen spglib moyopy duckdb pyarrow sklearn nbformat'.split():\n"
             "    sys.modules[name] = None\nfrom cloud_lib.remote import main\nmain(['--help'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr
+
+
+def test_what_is_too_much_is_left_out(root, returned, tmp_path, monkeypatch):
+    """First the weights: what was trained from them counts without them, too."""
+    monkeypatch.setattr(remote, "PART_BYTES", 290_000)
+    report = remote.pack(remote.open_export(root / "export", root / "work"), root / "work", tmp_path, [])
+    assert report["left_out"][0] == "tiny/pretraining/model" and report["packed"][0] == "tiny/pretraining"
+    assert len(report["parts"]) <= remote.N_PARTS
+    io.write_json(tmp_path / "report.json", report)
+    for folder in (io.checkpoints_dir("tiny"), root / "build"):
+        shutil.rmtree(folder, ignore_errors=True)
+    counts = transfer.import_results(tmp_path, ["tiny"])
+    assert counts["imported"] == len(report["packed"]) and not (io.checkpoints_dir("tiny") / "encoder").exists()
