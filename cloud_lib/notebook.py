@@ -25,8 +25,7 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 START_TIMEOUT_S = 300  # a loaded machine needs more than papermill's 60 s to start a kernel
-# Sockets are files: parallel kernels cannot collide on TCP ports. An interrupted kernel has half of the time to save.
-KERNEL = Config({"KernelManager": {"transport": "ipc", "shutdown_wait_time": 200.0}})
+SHUTDOWN_WAIT_S = 200.0  # half of it for an interrupted kernel to save
 
 
 class NotebookError(ValueError):
@@ -62,9 +61,10 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reading of the parameters cell stumbles
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment
     try:
-        with _sigterm_ends():
+        with _sigterm_ends(), tempfile.TemporaryDirectory(prefix="cloud-") as sockets:
             execute_notebook(source, hidden, parameters=parameters, kernel_name="python3", language="python",
-                             start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty(), config=KERNEL)
+                             start_timeout=START_TIMEOUT_S, progress_bar=sys.stderr.isatty(),
+                             config=_kernel(sockets))
         hidden.replace(target)
         failed.unlink(missing_ok=True)
     except PapermillExecutionError as error:
@@ -75,6 +75,12 @@ def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:
         raise NotebookError(f"{source}: the kernel died ({error}), most often for want of memory") from error
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def _kernel(sockets: str) -> Config:
+    """Sockets are files in a folder of their own: parallel kernels cannot collide on TCP ports."""
+    return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(sockets) / "kernel"),
+                                     "shutdown_wait_time": SHUTDOWN_WAIT_S}})
 
 
 @contextlib.contextmanager
