@@ -36,8 +36,8 @@ def jobs(profiles: Sequence[str], parts: Sequence[str] = PARTS) -> list[Job]:
     """All jobs of the profiles, the most wanted first.
 
     Order: pre-training; small tasks; fold 0 of the large ones; small tasks from scratch; discovery; UnconvBench; the
-    other folds of the large tasks; Table 1's baselines; the scaling grid; ablations. The last two of the first profile only: they do not
-    depend on its style.
+    other folds of the large tasks; Table 1's baselines; the scaling grid; ablations. The last two of the first profile
+    only: they do not depend on its style.
 
     Raises:
         FileNotFoundError: notebook 01_data_curation has not run for a profile.

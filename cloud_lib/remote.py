@@ -194,7 +194,8 @@ def pack(done: Sequence[dict[str, Any]], work: Path, out: Path, weights: Sequenc
     A job whose weights are too large goes without them: its results, and those that started from it, still count.
 
     Returns:
-        `packed` and `left_out` (names of jobs, or of their model folders), `parts` (file names in order) and the archive's `sha256`.
+        `packed` and `left_out` (names of jobs, or of their model folders), `parts` (file names in order) and the
+        archive's `sha256`.
     """
     out.mkdir(parents=True, exist_ok=True)
     for stale in (out / REPORT, *out.glob(f"{ARCHIVE}.*")):
