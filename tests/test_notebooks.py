@@ -1,6 +1,7 @@
 """Every notebook is a thin page over the library, and every profile's parameters exist in it."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -59,3 +60,9 @@ def test_parameters_exist_in_the_notebook(path, profile):
 def test_no_parameter_file_without_a_notebook():
     stems = {path.stem for path in NOTEBOOKS}
     assert NOTEBOOKS and {file.stem for file in (ROOT / "params").glob("*/*.yaml")} == stems
+
+
+def test_no_product_is_written_twice():
+    written = re.findall(r'"((?:table|figure|summary)_?\w+)", profile', "\n".join(
+        cell.source for path in NOTEBOOKS for cell in _code(path)))
+    assert len(written) > 20 and len(set(written)) == len(written), sorted(written)
