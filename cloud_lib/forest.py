@@ -58,6 +58,7 @@ def forest(tables: Mapping[str, Path], style: str, folds: Sequence[int], seed: i
             test = (table["fold"] == fold).to_numpy()
             trees = RandomForestRegressor(n_trees, max_features=1 / 3, n_jobs=n_jobs, random_state=seed)
             trees.fit(values[~test], target[~test])
+            trees.set_params(n_jobs=1)  # several threads add up the trees' predictions in any order
             found.append(table.loc[test, ["material_id", "row", "target"]].assign(
                 model=NAME, task=task, fold=fold, seed=seed, split="test", prediction=trees.predict(values[test])))
     return pd.concat([pd.DataFrame(columns=COLUMNS), *found], ignore_index=True)[COLUMNS]

@@ -212,7 +212,7 @@ def provenance(profile: str, seed: int, config: Any, inputs: Iterable[str | os.P
         "dirty": _dirty(),
         "profile": profile,
         "seed": seed,
-        "config": plain(config),
+        "config": _below_root(plain(config)),
         "inputs": {_display(file): sha256(file) for file in _files(inputs)},
         "versions": {"python": platform.python_version()} | versions(),
         "device": device_name(),
@@ -220,6 +220,11 @@ def provenance(profile: str, seed: int, config: Any, inputs: Iterable[str | os.P
         "wall_time_s": round(time.time() - started, 1),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _below_root(config: Any) -> Any:
+    """Paths below root() relative to it, so that equal runs in different folders say the same."""
+    return json.loads(json.dumps(config).replace(f"{root()}{os.sep}", ""))
 
 
 def versions() -> dict[str, str]:
