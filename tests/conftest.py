@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # results are equal to the bit only for equal numbers of threads
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # `make test` must not speak into the makes that are tested
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(scope="session")
 def cloud_data() -> Path:
