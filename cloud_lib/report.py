@@ -24,7 +24,7 @@ PALETTE = {"blue": "#0072b2", "orange": "#e69f00", "green": "#009e73", "red": "#
 # The first eight: Okabe and Ito, distinct for colour-blind readers (jfly.uni-koeln.de/color).
 MISSING = "–"
 COUNTS = ("rows", "rows_official", "folds", "seeds")
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+START, END = "<!-- results of {profile} -->", "<!-- end of results -->"
 
 
 # ------------------------------------------------------------------------------------------------ style
@@ -196,7 +196,7 @@ def format_mean_std(mean: float, std: float) -> str:
 
 # ----------------------------------------------------------------------------------------------- README
 def update_readme(profile: str) -> Path:
-    """Rewrite what stands between the README's results markers from tables/<profile>/summary*.csv.
+    """Rewrite the README's table of a profile, between its two markers, from tables/<profile>/summary*.csv.
 
     Each notebook writes its own lines of the summary (summary_03.csv, ...); they are joined in that order.
 
@@ -208,11 +208,12 @@ def update_readme(profile: str) -> Path:
     if not sources:
         raise FileNotFoundError(f"expected {tables_dir(profile)}/summary*.csv; run make all PROFILE={profile}")
     text = readme.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
+    before, start, rest = text.partition(START.format(profile=profile))
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise ValueError(f"expected the lines {START} and {END} in {readme}, found one or none of them")
+        raise ValueError(f"expected the lines {START.format(profile=profile)} and {END} in {readme}, found one or none "
+                         "of them; add them where the table belongs")
     table = as_markdown(as_displayed(pd.concat(map(pd.read_csv, sources), ignore_index=True)))
     with atomic_path(readme) as temporary:
-        temporary.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{start}\n{table}\n{END}{after}", encoding="utf-8")
     return readme

@@ -101,16 +101,18 @@ def test_paper_values_names_what_it_knows():
 
 def test_readme_block(products):
     readme = products / "README.md"
-    readme.write_text(f"# Title\n{report.START}\nold\n{report.END}\nrest\n")
+    demo, other = (report.START.format(profile=profile) for profile in ("demo", "cpu"))
+    block = f"{other}\nkept\n{report.END}\n"
+    readme.write_text(f"# Title\n{block}{demo}\nold\n{report.END}\nrest\n")
     with pytest.raises(FileNotFoundError, match="run make all PROFILE=demo"):
         report.update_readme("demo")
     for name, ours in (("summary_04", np.nan), ("summary_03", "0.30")):  # one file per notebook, in order
         report.write_table(pd.DataFrame({"result": [name], "ours": [ours]}), name, "demo", "", {})
     report.update_readme("demo")
     table = "| result | ours |\n| --- | --- |\n| summary_03 | 0.3 |\n| summary_04 | – |"
-    assert readme.read_text() == f"# Title\n{report.START}\n{table}\n{report.END}\nrest\n"
+    assert readme.read_text() == f"# Title\n{block}{demo}\n{table}\n{report.END}\nrest\n"
     readme.write_text("# Title\n")
-    with pytest.raises(ValueError, match="expected the lines <!-- results:start -->"):
+    with pytest.raises(ValueError, match="expected the lines <!-- results of demo -->"):
         report.update_readme("demo")
 
 
