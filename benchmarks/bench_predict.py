@@ -64,7 +64,7 @@ def write_bundle(folder: Path, n_layers: int, n_heads: int, n_properties: int, n
         for fold in range(n_models):
             path = f"{name}/fold{fold}"
             bert = BertModel(config.bert_config(), add_pooling_layer=False)
-            save_model(Regressor(bert), folder / path, meta | {"task": name})
+            save_model(Regressor(bert), folder / path, meta | {"tasks": [name]})
             members.append(bundle.Member(path, path))
         properties[name] = bundle.Property(name, "1", name, recipe, tuple(members), 1, 1, 1, 1, None, None)
     return bundle.write(bundle.Bundle(folder, properties, None, None, {}), folder / "bundle")

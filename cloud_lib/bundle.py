@@ -4,6 +4,7 @@
     README.md                            model card
     encoder/                             the pre-trained encoder with its tokenizer, for embeddings
     <property>/fold0-seed0/              one folder per model of the ensemble, as train writes them, in bfloat16
+    joint/fold0-seed0/                   the same of models fine-tuned on several properties together
 
 Models with the same encoder (a frozen one) share its file: the first has it, the others only their heads.
 """
@@ -166,6 +167,8 @@ def _property(name: str, value: dict[str, Any]) -> Property:
 def from_runs(runs: Path) -> Bundle:
     """The fine-tuned models and the encoder below checkpoints/<profile>, as a bundle without copying.
 
+    A property of a jointly fine-tuned model is predicted by those models, not by its own.
+
     Units and tolerances come from results/<profile>/benchmarks.csv, elements and space groups from
     data/processed/<profile>/tasks.
 
@@ -173,8 +176,12 @@ def from_runs(runs: Path) -> Bundle:
         FileNotFoundError: no fine-tuned model.
     """
     folders: dict[str, list[Path]] = {}
-    for folder in _model_dirs(runs):
-        folders.setdefault(folder.parents[2].name, []).append(folder)
+    found = [(folder, io.read_json(folder / "cloud.json")["tasks"]) for folder in _model_dirs(runs)]
+    joint = {task for _, tasks in found if len(tasks) > 1 for task in tasks}
+    for folder, tasks in found:
+        for task in tasks:
+            if len(tasks) > 1 or task not in joint:
+                folders.setdefault(task, []).append(folder)
     if not folders:
         raise FileNotFoundError(f"expected models in {runs}, found neither {MANIFEST} nor fine-tuned ones; run "
                                 "make matbench, or name another folder")
@@ -189,14 +196,14 @@ def from_runs(runs: Path) -> Bundle:
 
 
 def from_model(model: Path) -> Bundle:
-    """One fine-tuned model, <unit>/model, as a bundle; its unit and its labelled crystals are not known.
+    """One fine-tuned model, <unit>/model, as a bundle; its units and its labelled crystals are not known.
 
     Raises:
         FileNotFoundError: no held-out predictions beside it.
     """
-    name = io.read_json(model / "cloud.json")["task"]
-    prop = _from_units(name, [model], {}, model / "none", model.parent)
-    return Bundle(model.parent, {name: prop}, None, None, {}, f"one model of {name}")
+    tasks = io.read_json(model / "cloud.json")["tasks"]
+    found = {task: _from_units(task, [model], {}, model / "none", model.parent) for task in tasks}
+    return Bundle(model.parent, found, None, None, {}, f"one model of {', '.join(tasks)}")
 
 
 def _model_dirs(runs: Path) -> Iterator[Path]:
@@ -218,15 +225,16 @@ def _recipe(model_dir: Path, facts: dict[str, Any]) -> Recipe:
 
 def _from_units(name: str, folders: list[Path], facts: dict[str, str], table: Path, runs: Path) -> Property:
     metas = [io.read_json(folder / "cloud.json") for folder in folders]
-    errors = np.concatenate([_held_out(folder.parent / "predictions.csv") for folder in folders])
+    errors = np.concatenate([_held_out(folder.parent / "predictions.csv", name) for folder in folders])
+    std = np.mean([np.atleast_1d(meta["target_std"])[meta["tasks"].index(name)] for meta in metas])
     names = [folder.relative_to(runs).as_posix() for folder in folders]
     return Property(name, facts.get("unit", ""), facts.get("property", name), _recipe(folders[0], facts),
-                    tuple(Member(path, path) for path in names), float(np.mean([m["target_std"] for m in metas])),
+                    tuple(Member(path, path) for path in names), float(std),
                     float(errors.mean()), float(np.percentile(errors, ONE_SIGMA)), len(errors), *_seen(table))
 
 
-def _held_out(predictions: Path) -> np.ndarray:
-    """Absolute errors of the test rows; of the validation rows where a model has no test rows.
+def _held_out(predictions: Path, task: str) -> np.ndarray:
+    """Absolute errors of a task's test rows; of its validation rows where a model has no test rows.
 
     Raises:
         FileNotFoundError: no predictions.
@@ -235,7 +243,7 @@ def _held_out(predictions: Path) -> np.ndarray:
     if not predictions.is_file():
         raise FileNotFoundError(f"expected held-out predictions in {predictions}, found none; run make matbench")
     with open(predictions, newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+        rows = [row for row in csv.DictReader(handle) if row["task"] == task]
     for split in ("test", "val"):
         if kept := [abs(float(r["prediction"]) - float(r["target"])) for r in rows if r["split"] == split]:
             return np.array(kept)
@@ -273,7 +281,8 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
             save_bfloat16(source.path(source.encoder), folder / "encoder")
             for file in folder.glob("encoder/tokenizer*.json"):
                 shutil.copyfile(file, folder / file.name)
-        kept = {p.name: _copy(source, p, folder) for p in chosen}
+        copied: dict[str, Member] = {}
+        kept = {p.name: [_copy(source, p, i, folder, copied) for i in range(len(p.members))] for p in chosen}
         weights = {file.relative_to(folder).as_posix(): io.sha256(file)
                    for file in sorted(folder.rglob("*.safetensors"))}
         made = {p.name: io.plain(vars(p)) | {"recipe": p.recipe._asdict(), "members": kept[p.name]}
@@ -288,23 +297,24 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
     return open_bundle(out_dir)
 
 
-def _copy(source: Bundle, prop: Property, folder: Path) -> list[Member]:
-    """Copy the ensemble of one property; an encoder that is there already is not copied again."""
-    from cloud_lib.predict import save_bfloat16
+def _copy(source: Bundle, prop: Property, number: int, folder: Path, copied: dict[str, Member]) -> Member:
+    """Copy one model of a property's ensemble, once (`copied`: by its folder in the bundle), and equal encoders once."""
+    from cloud_lib.predict import model_meta, save_bfloat16
 
-    known = {io.sha256(file): file.parent.relative_to(folder).as_posix()
-             for file in folder.rglob("model.safetensors")}
-    members = []
-    for number, member in enumerate(prop.members):
-        path = source.path(member.head)
-        name = f"{prop.name}/{path.parent.name if path.name == 'model' else path.name or number}"
+    member = prop.members[number]
+    path = source.path(member.head)
+    group = "joint" if len(model_meta(path)["tasks"]) > 1 else prop.name
+    name = f"{group}/{path.parent.name if path.name == 'model' else path.name or number}"
+    if name not in copied:
         save_bfloat16(path if member.encoder == member.head else source.path(member.encoder), folder / name)
         if member.encoder != member.head:
             for file in ("head.safetensors", "cloud.json"):
                 shutil.copyfile(path / file, folder / name / file)
-        first = known.setdefault(io.sha256(folder / name / "model.safetensors"), name)
+        known = {io.sha256(file): file.parent.relative_to(folder).as_posix() for file in folder.rglob("model.safetensors")
+                 if file.parent != folder / name}
+        first = known.get(io.sha256(folder / name / "model.safetensors"), name)
         if first != name:
             (folder / name / "model.safetensors").unlink()
             (folder / name / "config.json").unlink()
-        members.append(Member(first, name))
-    return members
+        copied[name] = Member(first, name)
+    return copied[name]

@@ -7,7 +7,7 @@ are functions of (seed, step) alone, so an interrupted run needs no saved genera
 
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ def pack(tokens: np.ndarray, offsets: np.ndarray, out_dir: str | os.PathLike, me
         offsets: int64 (n + 1,), string i is tokens[offsets[i]:offsets[i + 1]].
         meta: at least META_KEYS; part_of_id is an index into PARTS per token id. More keys are kept.
         labels: target (float64, the task's unit), fold (int, test fold 0..k-1, -1 = never a test row) and row
-            (int, official row number), each of length n.
+            (int, official row number), each of length n; of joined tasks also task (int, index into
+            meta["tasks"]).
         material_id: n names that predictions are written under.
     Raises:
         ValueError: arrays, ids, labels or meta do not fit together.
@@ -60,6 +61,24 @@ def pack(tokens: np.ndarray, offsets: np.ndarray, out_dir: str | os.PathLike, me
     return PackedTokens.open(out_dir)
 
 
+def join(tasks: Mapping[str, str | os.PathLike], out_dir: str | os.PathLike) -> "PackedTokens":
+    """Write the rows of several tasks, name -> data folder, as one that is fine-tuned jointly (atomic).
+
+    Raises:
+        ValueError: no tasks, or of different vocabularies or styles.
+    """
+    parts = [PackedTokens.open(folder) for folder in tasks.values()]
+    if len({(part.meta["vocab_sha256"], part.meta["style"]) for part in parts}) != 1:
+        raise ValueError(f"expected tasks of one vocabulary and style, found {[*tasks]} with "
+                         f"{sorted({part.meta['style'] for part in parts})}; pack them alike")
+    labels = [part.labels() | {"task": np.full(len(part), i)} for i, part in enumerate(parts)]
+    meta = {key: parts[0].meta[key] for key in META_KEYS} | {"task": "joint", "tasks": [*tasks]}
+    return pack(np.concatenate([part.tokens for part in parts]),
+                np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]), out_dir, meta,
+                {key: np.concatenate([one[key] for one in labels]) for key in labels[0]},
+                [name for part in parts for name in part.material_id()])
+
+
 def _check_arrays(tokens: np.ndarray, offsets: np.ndarray, meta: dict[str, Any]) -> None:
     if missing := [key for key in META_KEYS if key not in meta]:
         raise ValueError(f"expected {', '.join(META_KEYS)} in meta, {', '.join(missing)} missing")
@@ -83,8 +102,8 @@ def _checked_labels(labels: dict[str, np.ndarray] | None, n: int) -> dict[str, n
         return None
     if missing := [key for key in LABEL_KEYS if key not in labels]:
         raise ValueError(f"expected labels {', '.join(LABEL_KEYS)}, {', '.join(missing)} missing")
-    arrays = {key: np.asarray(labels[key], dtype=np.float64 if key == "target" else np.int64)
-              for key in LABEL_KEYS}
+    arrays = {key: np.asarray(values, dtype=np.float64 if key == "target" else np.int64)
+              for key, values in labels.items() if key in (*LABEL_KEYS, "task")}
     if wrong := {key: len(values) for key, values in arrays.items() if len(values) != n}:
         raise ValueError(f"expected {n} labels, one per string, found {wrong}")
     return arrays
@@ -137,7 +156,7 @@ class PackedTokens:
         return np.asarray(self.tokens[self.offsets[i]:self.offsets[i + 1]])
 
     def labels(self) -> dict[str, np.ndarray]:
-        """target, fold and row of a property task, each (n,).
+        """target, fold, row and task (all 0, unless tasks were joined) of a property task, each (n,).
 
         Raises:
             FileNotFoundError: the folder holds no task.
@@ -149,7 +168,8 @@ class PackedTokens:
                                     "tasks/")
         try:
             with open(file, "rb") as handle, np.load(handle) as stored:
-                return {key: stored[key] for key in LABEL_KEYS}
+                task = {"task": stored["task"] if "task" in stored else np.zeros(len(self), np.int64)}
+                return {key: stored[key] for key in LABEL_KEYS} | task
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise ValueError(f"expected labels in {file}, found damage: {error}; run make data") from error
 

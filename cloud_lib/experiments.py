@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cloud_lib import curation, io, metrics, report, sources, units
+from cloud_lib import curation, dataset, io, metrics, report, sources, units
 from cloud_lib.representation import STYLES, string
 from cloud_lib.sources import matbench, optimade
 from cloud_lib.tokenizer import Tokenizer
@@ -231,7 +231,7 @@ def finetune_units(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any
 def _with_settings(config: Any, settings: dict[str, Any], task: str) -> Any:
     names = [item.name for item in dataclasses.fields(config)]
     if unknown := sorted(set(settings) - set(names)):
-        raise ValueError(f"expected settings of {names} for {task}, found {unknown[:3]}; correct settings_by_task")
+        raise ValueError(f"expected settings of {names} for {task}, found {unknown[:3]}; correct settings_by_task or joint")
     return dataclasses.replace(config, **settings)
 
 
@@ -249,6 +249,30 @@ def finetune(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], fol
     return read_predictions(units.finished(todo))
 
 
+def joint_units(tasks: Sequence[str], token_dir: Path, config: Any, folds: Sequence[int], seeds: Sequence[int],
+                out_dir: Path) -> list[dict[str, Any]]:
+    """One unit for every fold and seed that learns all tasks together, from their rows joined in `token_dir`/joint.
+
+    No such model sees a crystal that it is tested on, not even its label of another task. Arguments and errors as
+    `finetune_units`.
+    """
+    dataset.join({task: token_dir / task for task in tasks}, token_dir / "joint")
+    return finetune_units(["joint"], token_dir, {"CLOUD": config}, folds, seeds, out_dir)
+
+
+def finetune_jointly(tasks: Sequence[str], token_dir: Path, config: Any, settings: dict[str, Any], folds: Sequence[int],
+                     seeds: Sequence[int], out_dir: Path, n_workers: int, only_finished: bool = False) -> pd.DataFrame:
+    """Train `joint_units`; predictions as `finetune`, of the model "CLOUD (joint)".
+
+    Args:
+        settings: what differs from `config`; empty: no joint fine-tuning, no rows.
+    """
+    todo = joint_units(tasks, token_dir, _with_settings(config, settings, "joint"), folds, seeds, out_dir) if settings else []
+    if not only_finished:
+        units.run_units(todo, n_workers)
+    return read_predictions(units.finished(todo)).assign(model="CLOUD (joint)")
+
+
 def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The long table of what finished units of `finetune_units` predicted."""
     return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *map(_read, done)], ignore_index=True)
@@ -256,8 +280,7 @@ def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 def _read(unit: dict[str, Any]) -> pd.DataFrame:
     folder = Path(unit["out_dir"])
-    table = pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name, task=folder.parents[1].name)
-    return table[PREDICTION_COLUMNS]
+    return pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name)[PREDICTION_COLUMNS]
 
 
 def dummy(token_dir: Path, tasks: Iterable[str], folds: Sequence[int]) -> pd.DataFrame:

@@ -79,9 +79,14 @@ class Best:
 
 
 def prepare(batch: dataset.Batch, n: int, budget: int, run: runtime.Run,
-            target: np.ndarray | None = None) -> Prepared:
-    """This process's share of a batch, in micro-batches of at most `budget` tokens, on its device."""
-    pieces = [Packed.of(piece, run.device, run.varlen, None if target is None else target[piece.rows])
+            target: np.ndarray | None = None, task: np.ndarray | None = None) -> Prepared:
+    """This process's share of a batch, in micro-batches of at most `budget` tokens, on its device.
+
+    Args:
+        target, task: of all rows of the data; `task` only if there are several.
+    """
+    pieces = [Packed.of(piece, run.device, run.varlen, None if target is None else target[piece.rows],
+                        None if task is None else task[piece.rows])
               for piece in dataset.micro_batches(batch, budget, run.rank, run.world_size)]
     return Prepared(pieces, batch.rows, n, int(batch.lengths.sum()))
 

@@ -90,15 +90,16 @@ class Packed(NamedTuple):
     longest: int           # largest length; with the variable-length kernel an upper bound
     place: Tensor | None   # (N,) int64, place of each token in (B, longest); None = variable-length kernel
     mask: Tensor | None    # (B, 1, 1, longest) float, -inf where there is no token; None = all equally long
+    task: Tensor | None = None  # (B,) int64, the output that is wanted; None = the only one
 
     @classmethod
     def of(cls, batch: Any, device: torch.device | str = "cpu", varlen: bool = False,
-           target: np.ndarray | None = None) -> "Packed":
+           target: np.ndarray | None = None, task: np.ndarray | None = None) -> "Packed":
         """From a dataset.Batch; copies to a GPU without waiting for it.
 
         Args:
             varlen: attend with CUDA's variable-length kernel (half precision only).
-            target: (B,) in the order of batch.rows.
+            target, task: (B,) in the order of batch.rows.
         """
         if np.any(np.diff(batch.lengths) < 0):
             raise ValueError("expected strings sorted by length, found them unsorted; use dataset.make_batch")
@@ -106,13 +107,14 @@ class Packed(NamedTuple):
         target = np.empty(0, np.float32) if target is None else target.astype(np.float32)
         arrays = (batch.input_ids, batch.position_ids(), starts, batch.masked, batch.labels, target)
         tensors = [_to_device(array, device) for array in arrays]
+        task = None if task is None else _to_device(task, device)
         longest = int(batch.lengths[-1])
         if varlen:  # few values of `longest`, so that torch.compile compiles once
-            return cls(*tensors, 64 * -(-longest // 64), None, None)
+            return cls(*tensors, 64 * -(-longest // 64), None, None, task)
         inside = np.arange(longest) < batch.lengths[:, None]
         place = _to_device(np.flatnonzero(inside), device)
         bias = np.where(inside, 0, -np.inf).astype(np.float32)[:, None, None]
-        return cls(*tensors, longest, place, None if inside.all() else _to_device(bias, device))
+        return cls(*tensors, longest, place, None if inside.all() else _to_device(bias, device), task)
 
 
 def _to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -207,27 +209,29 @@ class MaskedLM(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Encoder and a head on [CLS]: dropout, `n_hidden` layers with SiLU, one linear output (z-scored)."""
+    """Encoder and a head on [CLS]: dropout, `n_hidden` layers with SiLU, a linear output (z-scored) per task."""
 
     def __init__(self, bert: BertModel, n_hidden: int = 1, hidden_width: int | None = None,
-                 dropout: float = 0.1):
+                 dropout: float = 0.1, n_outputs: int = 1):
         super().__init__()
         if n_hidden < 0:
             raise ValueError(f"expected n_hidden >= 0, found {n_hidden}")
         width = bert.config.hidden_size
         self.bert = bert
-        self.head_config = {"n_hidden": n_hidden, "hidden_width": hidden_width or width, "dropout": dropout}
+        self.head_config = {"n_hidden": n_hidden, "hidden_width": hidden_width or width, "dropout": dropout,
+                            "n_outputs": n_outputs}
         layers: list[nn.Module] = [nn.Dropout(dropout)]
         for _ in range(n_hidden):
             layers += [nn.Linear(width, hidden_width or width), nn.SiLU()]
             width = hidden_width or width
-        self.head = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.head = nn.Sequential(*layers, nn.Linear(width, n_outputs))
 
     def forward(self, batch: Packed) -> Tensor:
-        """Predicted z-scored target, (B,)."""
+        """Predicted z-scored target of each string's task, (B,)."""
         cls = encode_cls(self.bert, batch)
         with torch.autocast(cls.device.type, enabled=False):  # bfloat16 would leave the prediction 3 digits
-            return self.head(cls.float())[:, 0]
+            out = self.head(cls.float())
+        return out[:, 0] if batch.task is None else out.gather(1, batch.task[:, None])[:, 0]
 
 
 @contextlib.contextmanager

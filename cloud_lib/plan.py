@@ -110,6 +110,11 @@ def _matbench(profile: str) -> list[Job]:
             small = 3 if scratch else 1
             large = 7 if scratch else 2 if first else 6
             found.append(Job(unit, 1, small if rows <= LARGE else large))
+    tasks = [task for task, _ in _benchmarks(profile, "MatBench", p)]
+    if p["joint"]:
+        config = dataclasses.replace(_pair(profile, p)["CLOUD"], **p["joint"])
+        found += [Job(unit, 1, 3) for unit in experiments.joint_units(
+            tasks, io.processed_dir(profile) / "tokens", config, p["folds"], p["seeds"], io.checkpoints_dir(profile) / "matbench")]
     return found
 
 

@@ -23,16 +23,20 @@ TOKEN_BUDGET = 16_384  # tokens per forward pass
 
 def predict(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "auto", precision: str = "auto",
             token_budget: int = TOKEN_BUDGET) -> np.ndarray:
-    """Predictions of one fine-tuned model in the target's unit, float64 (n,) in the order of `packed`.
+    """Predictions of a model fine-tuned on one task in the target's unit, float64 (n,) in the order of `packed`.
 
     Args:
         model_dir: <out_dir>/model of a fine-tuning unit.
         precision: "auto" is bfloat16 where that is fast (the head is always float32); "fp32" is exact.
     Raises:
         FileNotFoundError: no such model.
-        ValueError: the strings have another vocabulary, or are longer than the model's positions.
+        ValueError: the strings have another vocabulary, or are longer than the model's positions; or the model
+            was fine-tuned on several tasks (see `apply_head`).
     """
     model, meta = models.load_regressor(model_dir)
+    if model.head_config["n_outputs"] > 1:
+        raise ValueError(f"expected a model of one task in {model_dir}, found {meta['tasks']}; use embeddings and "
+                         "apply_head")
     _require_fit(packed, meta, model.bert, model_dir)
     scaled = _forward(model, model, packed, device, precision, token_budget)
     return scaled.astype(np.float64) * meta["target_std"] + meta["target_mean"]
@@ -64,14 +68,15 @@ def embeddings(model_dir: str | os.PathLike, packed: PackedTokens, device: str =
                     token_budget)
 
 
-def apply_head(model_dir: str | os.PathLike, cls: np.ndarray) -> np.ndarray:
+def apply_head(model_dir: str | os.PathLike, cls: np.ndarray, task: str) -> np.ndarray:
     """Predictions of a fine-tuned model's head in the target's unit, float64 (n,).
 
     Args:
         cls: `embeddings` of the model's encoder, (n, width); several heads may share an encoder.
+        task: which of the tasks that the model was fine-tuned on.
     Raises:
         FileNotFoundError: no head there.
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or was not trained on the task.
     """
     file, meta = Path(model_dir) / models.HEAD_FILE, model_meta(model_dir)
     if not file.is_file():
@@ -80,12 +85,15 @@ def apply_head(model_dir: str | os.PathLike, cls: np.ndarray) -> np.ndarray:
         state = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"expected readable weights in {file}, found damage: {error}; fetch them again") from error
+    if task not in (tasks := meta.get("tasks", [])):
+        raise ValueError(f"expected a task of {tasks} for {model_dir}, found {task!r}")
     *hidden, last = sorted({int(name.split(".")[0]) for name in state})
     x = torch.from_numpy(cls).float()
     for layer in hidden:
         x = F.silu(F.linear(x, state[f"{layer}.weight"], state[f"{layer}.bias"]))
-    scaled = F.linear(x, state[f"{last}.weight"], state[f"{last}.bias"])[:, 0].double().numpy()
-    return scaled * meta["target_std"] + meta["target_mean"]
+    i = tasks.index(task)
+    scaled = F.linear(x, state[f"{last}.weight"], state[f"{last}.bias"])[:, i].double().numpy()
+    return scaled * np.atleast_1d(meta["target_std"])[i] + np.atleast_1d(meta["target_mean"])[i]
 
 
 def save_bfloat16(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> Path:

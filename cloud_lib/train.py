@@ -71,6 +71,7 @@ class FinetuneConfig:
     n_hidden: int = 1              # hidden layers of the head
     hidden_width: int | None = None  # None = the encoder's width
     dropout: float = 0.1           # of the head; the encoder's own comes with its configuration
+    min_rows: int = 0              # rows of a joined task with fewer are repeated up to so many per epoch
     val_fraction: float = 0.1      # of the rows outside the test fold
     grouped: bool = True           # equal strings never on both sides of train | val
     n_train: int | None = None     # a random subset of the training rows
@@ -171,8 +172,9 @@ def finetune(config: FinetuneConfig, task_dir: str | os.PathLike, out_dir: str |
              restart: bool = False) -> dict[str, Any]:
     """Fine-tune one (task, fold, seed), or continue, or return the result of the finished run.
 
-    Targets are z-scored on the training rows; the epoch with the best validation MAE counts. Writes
-    out_dir/{model/, checkpoints/, log.jsonl, predictions.csv, result.json}; MAE in the target's unit.
+    Targets are z-scored on the training rows; the epoch with the best validation MAE counts (of joined tasks, see
+    `dataset.join`: the mean of their MAE in deviations). Writes out_dir/{model/, checkpoints/, log.jsonl,
+    predictions.csv, result.json}; MAE in the target's unit, of joined tasks a dictionary.
 
     Raises: as `pretrain`; also FileNotFoundError when the initial weights are missing.
     """
@@ -180,7 +182,8 @@ def finetune(config: FinetuneConfig, task_dir: str | os.PathLike, out_dir: str |
     if config.loss not in ("l1", "huber"):
         raise ValueError(f'expected loss "l1" or "huber", found "{config.loss}"')
     loss_of = F.l1_loss if config.loss == "l1" else F.huber_loss
-    rows, target = task_rows(packed, config), packed.labels()["target"]
+    rows = task_rows(packed, config)
+    targets = _Targets.of(packed, rows["train"])
     bert = _initial_encoder(config, packed)
     packed.require_length(bert.config.max_position_embeddings)
     identity = _identity("finetune", config, packed)
@@ -188,38 +191,89 @@ def finetune(config: FinetuneConfig, task_dir: str | os.PathLike, out_dir: str |
         if result := _finished(out_dir, identity, run, restart):
             return result
         with models.seeded(config.seed + 1):
-            model = Regressor(bert, config.n_hidden, config.hidden_width, config.dropout).to(run.device)
-        n_train = len(rows["train"])
-        mean, std = float(target[rows["train"]].mean()), float(target[rows["train"]].std()) or 1.0
-        scaled = (target - mean) / std
+            model = Regressor(bert, config.n_hidden, config.hidden_width, config.dropout,
+                              len(targets.names)).to(run.device)
+        learned = targets.repeated(rows["train"], config.min_rows)
+        n_train, scaled = len(learned), targets.scaled()
 
         def prepare_step(step: int, budget: int) -> Prepared:
-            chosen = dataset.step_rows(rows["train"], config.batch_size, config.seed, step)
-            return prepare(dataset.make_batch(packed, chosen), len(chosen), budget, run, scaled)
+            chosen = dataset.step_rows(learned, config.batch_size, config.seed, step)
+            return prepare(dataset.make_batch(packed, chosen), len(chosen), budget, run, scaled, targets.wanted)
 
         def predict(split: str) -> np.ndarray:
-            return _predict_rows(model, packed, rows[split], run) * std + mean
+            return targets.unscaled(_predict_rows(model, packed, rows[split], targets.wanted, run), rows[split])
 
         def epoch_ends(step: int) -> bool:
             return step * config.batch_size // n_train > (step - 1) * config.batch_size // n_train
 
         best = fit(_plan(config, model, run, _n_steps(config, n_train, run), prepare_step,
                          lambda net, piece: loss_of(net(piece), piece.target, reduction="sum"),
-                         lambda: {"loss": _mae(predict("val"), target[rows["val"]])}, epoch_ends,
+                         lambda: {"loss": targets.mean_error(predict("val"), rows["val"])}, epoch_ends,
                          round(config.frozen_epochs * n_train / config.batch_size), config.patience),
                    model, run, out_dir, identity)
         predicted = {split: predict(split) for split in ("val", "test")}
-        result = {f"mae_{split}": _mae(values, target[rows[split]]) for split, values in predicted.items()}
+        by_task = {f"mae_{split}": targets.mae(values, rows[split]) for split, values in predicted.items()}
+        by_task |= {"target_mean": targets.mean.tolist(), "target_std": targets.std.tolist()}
+        result = {key: values if packed.meta.get("tasks") else values[0] for key, values in by_task.items()}
         result |= {f"n_{split}": len(rows[split]) for split in rows} | {
-            "task": packed.meta.get("task"), "fold": config.fold, "target_mean": mean, "target_std": std,
+            "task": packed.meta.get("task"), "tasks": targets.names, "fold": config.fold,
             "best_epoch": round(best.step * config.batch_size / n_train, 2)}
         if run.rank == 0:
-            _write_predictions(out_dir / "predictions.csv", packed, config, rows, predicted)
+            _write_predictions(out_dir / "predictions.csv", packed, config, targets, rows, predicted)
         return _finish(result, best, model, packed, rows["train"], config, identity, out_dir, run)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Targets of one task, or of several joined ones: n rows, T tasks."""
+
+    names: list[str]    # of the tasks
+    value: np.ndarray   # (n,) in the task's unit
+    task: np.ndarray    # (n,) index into names
+    mean: np.ndarray    # (T,) over the training rows
+    std: np.ndarray     # (T,)
+
+    @classmethod
+    def of(cls, packed: PackedTokens, train: np.ndarray) -> "_Targets":
+        """Raises ValueError if a task has no training rows."""
+        names, labels = packed.meta.get("tasks", [packed.meta.get("task", packed.path.name)]), packed.labels()
+        learned = [labels["target"][train[labels["task"][train] == i]] for i in range(len(names))]
+        if empty := [name for name, values in zip(names, learned) if not len(values)]:
+            raise ValueError(f"expected training rows of every task in {packed.path}, found none of {empty[:3]}; lower "
+                             "val_fraction or add data")
+        return cls(names, labels["target"], labels["task"], np.array([values.mean() for values in learned]),
+                   np.array([values.std() or 1.0 for values in learned]))
+
+    @property
+    def wanted(self) -> np.ndarray | None:
+        """The model's output that a row wants; None if there is one only."""
+        return self.task if len(self.names) > 1 else None
+
+    def scaled(self) -> np.ndarray:
+        return (self.value - self.mean[self.task]) / self.std[self.task]
+
+    def unscaled(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return values * self.std[self.task[rows]] + self.mean[self.task[rows]]
+
+    def repeated(self, rows: np.ndarray, min_rows: int) -> np.ndarray:
+        """An epoch's rows: those of each task as often as it takes to have min_rows."""
+        times = -(-min_rows // np.bincount(self.task[rows], minlength=len(self.names)))
+        return np.repeat(rows, np.maximum(1, times)[self.task[rows]])
+
+    def mae(self, predicted: np.ndarray, rows: np.ndarray) -> list[float | None]:
+        """One per task, None where it has no rows."""
+        error, task = np.abs(predicted - self.value[rows]), self.task[rows]
+        return [float(error[task == i].mean()) if np.any(task == i) else None for i in range(len(self.names))]
+
+    def mean_error(self, predicted: np.ndarray, rows: np.ndarray) -> float:
+        """Mean over the tasks of MAE / deviation of the training targets."""
+        return float(np.mean([mae / std for mae, std in zip(self.mae(predicted, rows), self.std) if mae is not None]))
 
 
 def task_rows(packed: PackedTokens, config: FinetuneConfig) -> dict[str, np.ndarray]:
     """Rows of "train", "val" and "test", disjoint and sorted; they depend on fold and seed only.
+
+    Rows of joined tasks whose string is tested in another of them are in none of the three.
 
     Raises:
         ValueError: targets are missing, there are too few rows, or the fold does not exist.
@@ -239,7 +293,7 @@ def task_rows(packed: PackedTokens, config: FinetuneConfig) -> dict[str, np.ndar
         raise ValueError(f"expected a fold with rows in {packed.path}, found fold {config.fold}; choose from "
                          f"{folds}")
     is_test = np.zeros(n, bool) if config.fold is None else labels["fold"] == config.fold
-    rest = np.flatnonzero(~is_test)
+    rest = np.flatnonzero(~is_test & ~_tested_elsewhere(packed, labels["task"], is_test))
     groups = dataset.string_groups(packed, rest) if config.grouped else np.arange(len(rest))
     order = np.random.default_rng([config.seed, 1]).permutation(groups.max(initial=-1) + 1)
     in_val = np.isin(groups, order[:max(1, round(config.val_fraction * len(order)))])
@@ -249,6 +303,16 @@ def task_rows(packed: PackedTokens, config: FinetuneConfig) -> dict[str, np.ndar
     rows = {"train": _subset(rest[~in_val], config.n_train, config.seed), "val": rest[in_val],
             "test": np.flatnonzero(is_test)}
     return {name: np.sort(values) for name, values in rows.items()}
+
+
+def _tested_elsewhere(packed: PackedTokens, task: np.ndarray, is_test: np.ndarray) -> np.ndarray:
+    """Whether a row's string is a test row of another task, (n,)."""
+    found = np.zeros(len(packed), bool)
+    if task.any():
+        groups = dataset.string_groups(packed, np.arange(len(packed)))
+        for i in range(int(task.max()) + 1):
+            found |= (task != i) & np.isin(groups, groups[is_test & (task == i)])
+    return found
 
 
 def _initial_encoder(config: FinetuneConfig, packed: PackedTokens) -> models.BertModel:
@@ -263,32 +327,31 @@ def _initial_encoder(config: FinetuneConfig, packed: PackedTokens) -> models.Ber
                                 add_pooling_layer=False)
 
 
-def _predict_rows(model: Regressor, packed: PackedTokens, rows: np.ndarray, run: runtime.Run) -> np.ndarray:
-    """Predicted z-scored targets of `rows`, float64 in their order."""
+def _predict_rows(model: Regressor, packed: PackedTokens, rows: np.ndarray, wanted: np.ndarray | None,
+                  run: runtime.Run) -> np.ndarray:
+    """Predicted z-scored targets of `rows`, float64 in their order; `wanted`: the output for each row of `packed`."""
     out = np.zeros(len(packed))
     model.eval()
     with torch.inference_mode(), run.autocast():
         batch = dataset.make_batch(packed, rows)
         for piece in dataset.micro_batches(batch, run.token_budget(None), run.rank, run.world_size):
-            out[piece.rows] = model(Packed.of(piece, run.device, run.varlen)).double().cpu().numpy()
+            task = None if wanted is None else wanted[piece.rows]
+            found = model(Packed.of(piece, run.device, run.varlen, task=task))
+            out[piece.rows] = found.double().cpu().numpy()
     model.train()
     return run.sum(out)[rows]
 
 
-def _mae(predicted: np.ndarray, target: np.ndarray) -> float | None:
-    return float(np.abs(predicted - target).mean()) if len(target) else None
-
-
-def _write_predictions(file: Path, packed: PackedTokens, config: FinetuneConfig, rows: dict[str, np.ndarray],
-                       predicted: dict[str, np.ndarray]) -> None:
-    names, labels, task = packed.material_id(), packed.labels(), packed.meta.get("task", packed.path.name)
+def _write_predictions(file: Path, packed: PackedTokens, config: FinetuneConfig, targets: _Targets,
+                       rows: dict[str, np.ndarray], predicted: dict[str, np.ndarray]) -> None:
+    names, labels = packed.material_id(), packed.labels()
     with io.atomic_path(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["material_id", "task", "fold", "seed", "split", "row", "target", "prediction"])
         for split, values in predicted.items():
             for i, value in zip(rows[split], values):
-                writer.writerow([names[i], task, config.fold, config.seed, split, labels["row"][i],
-                                 float(labels["target"][i]), float(value)])
+                writer.writerow([names[i], targets.names[targets.task[i]], config.fold, config.seed, split,
+                                 labels["row"][i], float(targets.value[i]), float(value)])
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -381,7 +444,7 @@ def _finish(result: dict[str, Any], best: Best, model: MaskedLM | Regressor, pac
         "threads": torch.get_num_threads(), "device": io.device_name(), "versions": io.versions()}
     result |= {key: identity[key] for key in ("kind", "data_sha256", "vocab_sha256")}
     if run.rank == 0:
-        kept = {"kind", "task", "fold", "seed", "target_mean", "target_std", "config_hash", "val_loss",
+        kept = {"kind", "task", "tasks", "fold", "seed", "target_mean", "target_std", "config_hash", "val_loss",
                 "mae_val"}
         meta = {key: packed.meta[key] for key in dataset.META_KEYS}
         meta |= {key: value for key, value in result.items() if key in kept}

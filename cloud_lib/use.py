@@ -186,7 +186,7 @@ class _Strings:
         for member in prop.members:
             if (self.recipe, member.encoder) not in cache:
                 cache[self.recipe, member.encoder] = predict.embeddings(models.path(member.encoder), packed, device)
-        each = np.stack([predict.apply_head(models.path(m.head), cache[self.recipe, m.encoder])
+        each = np.stack([predict.apply_head(models.path(m.head), cache[self.recipe, m.encoder], prop.name)
                          for m in prop.members])
         return reasons | dict(zip(kept, zip(each.mean(0).tolist(), each.std(0).tolist())))
 

@@ -25,7 +25,7 @@ def test_what_is_packed_comes_back(tmp_path):
     packed = PackedTokens.open(tmp_path / "d")
     assert [packed.item(i).tolist() for i in range(len(packed))] == strings
     assert packed.lengths.tolist() == [3, 5, 2] and packed.meta["max_length"] == 5
-    assert {key: values.tolist() for key, values in packed.labels().items()} == labels
+    assert {key: values.tolist() for key, values in packed.labels().items()} == labels | {"task": [0, 0, 0]}
     assert packed.material_id() == ["x", "y", "z"]
 
 

@@ -148,7 +148,7 @@ def test_a_saved_model_is_read_by_us_and_by_transformers(tmp_path, batch):
 def test_a_saved_regressor_comes_back(tmp_path, batch):
     with models.seeded(1):
         model = Regressor(_model().bert, n_hidden=2, hidden_width=20).eval()
-    models.save_model(model, tmp_path / "m", META | {"target_mean": 1.0, "target_std": 2.0})
+    models.save_model(model, tmp_path / "m", META | {"tasks": ["t"], "target_mean": 1.0, "target_std": 2.0})
     again, meta = models.load_regressor(tmp_path / "m")
     assert meta["target_std"] == 2.0
     with torch.no_grad():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from toy_tokens import META, TINY, toy
 
-from cloud_lib import checkpoint, dataset, io, loop, model as models, runtime, train, units
+from cloud_lib import checkpoint, dataset, io, loop, model as models, predict, runtime, train, units
 from cloud_lib.train import EncoderConfig, FinetuneConfig, PretrainConfig, RunConfig, finetune, pretrain
 
 RUN = RunConfig(device="cpu", precision="fp32", token_budget=200, log_every=5, progress=False)
@@ -99,7 +99,40 @@ def test_fine_tuning_beats_the_mean(tmp_path, task):
     assert result["mae_test"] == pytest.approx(np.abs(test[:, 0] - test[:, 1]).mean())
     assert result["mae_test"] < 0.7 * np.abs(test[:, 0] - result["target_mean"]).mean()
     best = min(_rows(tmp_path, "val"), key=lambda row: row["loss"])
-    assert (best["loss"], best["step"]) == (pytest.approx(result["mae_val"], rel=1e-4), result["best_step"])
+    assert (best["loss"] * result["target_std"], best["step"]) == (pytest.approx(result["mae_val"], rel=1e-4), result["best_step"])
+
+
+def test_joined_tasks_are_learned_together(tmp_path):
+    """Two tasks on the same strings, one with few rows; nothing that is tested anywhere is trained on."""
+    big, small = (toy(tmp_path / name, n, labels=True, task=name) for name, n in (("big", 300), ("small", 60)))
+    flipped = small.labels() | {"target": 100 - 7 * small.labels()["target"]}
+    small = dataset.pack(small.tokens, small.offsets, tmp_path / "flipped", small.meta, flipped, small.material_id())
+    joint = dataset.join({"big": big.path, "small": small.path}, tmp_path / "joint")
+    config = replace(FINETUNE, epochs=25, lr=1e-2, n_hidden=2, hidden_width=8, min_rows=150)
+    rows, labels = train.task_rows(joint, config), joint.labels()
+    groups = dataset.string_groups(joint, np.arange(len(joint)))
+    for i in (0, 1):
+        tested = groups[rows["test"][labels["task"][rows["test"]] == i]]
+        others = np.concatenate([rows[split][labels["task"][rows[split]] != i] for split in ("train", "val")])
+        assert len(tested) and not np.isin(groups[others], tested).any()
+    result = finetune(config, joint.path, tmp_path / "run")
+    with open(tmp_path / "run/predictions.csv", newline="") as handle:
+        found = [row for row in csv.DictReader(handle) if row["split"] == "test"]
+    for i, name in enumerate(("big", "small")):
+        target, predicted = np.array([(row["target"], row["prediction"]) for row in found if row["task"] == name], float).T
+        assert len(target) == {"big": 60, "small": 12}[name]
+        assert result["mae_test"][i] == pytest.approx(np.abs(predicted - target).mean())
+        assert result["mae_test"][i] < 0.8 * np.abs(target - result["target_mean"][i]).mean()
+    meta = io.read_json(tmp_path / "run/model/cloud.json")
+    assert meta["tasks"] == ["big", "small"] and meta["head"]["n_outputs"] == 2
+    with pytest.raises(ValueError, match=r"expected a model of one task in .*, found \['big', 'small'\]"):
+        predict.predict(tmp_path / "run/model", joint)
+
+
+def test_tasks_of_different_styles_are_not_joined(tmp_path):
+    one, two = toy(tmp_path / "one", labels=True), toy(tmp_path / "two", labels=True, style="site")
+    with pytest.raises(ValueError, match=r"expected tasks of one vocabulary and style, found \['one', 'two'\]"):
+        dataset.join({"one": one.path, "two": two.path}, tmp_path / "joint")
 
 
 def test_the_result_counts_what_was_trained(tmp_path, corpus):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pymatgen.core import Lattice, Structure
-from toy_models import write_runs
+from toy_models import write_joint, write_runs
 
 from cloud_lib import bundle, cli, io, predict, tabular, use
 from cloud_lib.representation import string
@@ -260,6 +260,23 @@ def test_a_frozen_encoder_is_stored_once(tmp_path, monkeypatch, structures):
     assert second.to_numpy() == pytest.approx(first.to_numpy(), abs=0.05)
 
 
+def test_a_joint_model_serves_all_its_properties(tmp_path, monkeypatch, structures):
+    monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
+    runs = write_runs(tmp_path, folds=(0,))
+    for fold in (0, 1):
+        write_joint(runs, fold)
+    made = bundle.write(bundle.find(runs), tmp_path / "models")
+    assert sorted(f.parent.relative_to(made.folder).as_posix() for f in made.folder.rglob("head.safetensors")) == [
+        "joint/fold0-seed0", "joint/fold1-seed0"]
+    found = use.predict_structures(structures, made)
+    own = use.predict_structures(structures, runs)
+    for name, (low, high) in {"dielectric": (0, 10), "log_gvrh": (990, 1010)}.items():  # each its own output and scale
+        assert found[name].between(low, high).all()
+        assert found[name].to_numpy() == pytest.approx(own[name].to_numpy(), abs=0.05)
+    with pytest.raises(ValueError, match="expected a task of .*, found 'mp_gap'"):
+        predict.apply_head(made.path("joint/fold0-seed0"), np.zeros((1, 32)), "mp_gap")
+
+
 def test_every_model_has_the_tolerance_of_its_training(tmp_path, monkeypatch):
     monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
     runs = write_runs(tmp_path, folds=(0,))
@@ -311,9 +328,9 @@ def test_runs_without_held_out_predictions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
     runs = write_runs(tmp_path, folds=(0,))
     file = runs / "matbench/dielectric/CLOUD/fold0-seed0/predictions.csv"
-    file.write_text("split,target,prediction\nval,1,2\n")
+    file.write_text("task,split,target,prediction\ndielectric,val,1,2\nlog_gvrh,test,1,9\n")
     assert bundle.find(runs).properties["dielectric"].mae_test == 1
-    file.write_text("split,target,prediction\n")
+    file.write_text("task,split,target,prediction\n")
     with pytest.raises(ValueError, match="expected held-out rows"):
         bundle.find(runs)
     file.unlink()
@@ -323,10 +340,10 @@ def test_runs_without_held_out_predictions_are_refused(tmp_path, monkeypatch):
 
 def test_heads_that_are_missing_or_damaged(tmp_path, models):
     with pytest.raises(FileNotFoundError, match="expected head.safetensors in"):
-        predict.apply_head(tmp_path, np.zeros((1, 32)))
+        predict.apply_head(tmp_path, np.zeros((1, 32)), "dielectric")
     (tmp_path / "head.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="expected readable weights in .*head.safetensors, found damage"):
-        predict.apply_head(tmp_path, np.zeros((1, 32)))
+        predict.apply_head(tmp_path, np.zeros((1, 32)), "dielectric")
 
 
 def test_the_bundle_command(tmp_path, runs, capsys):

@@ -28,12 +28,12 @@ def write_runs(root: Path, folds: tuple[int, ...] = (0, 1), frozen: bool = False
         for fold in folds:
             unit = runs / "matbench" / task / "CLOUD" / f"fold{fold}-seed0"
             own = bert if frozen else BertModel(config.bert_config(), add_pooling_layer=False)
-            save_model(Regressor(own), unit / "model", meta | {"task": task, "fold": fold, "target_mean": 2.0,
+            save_model(Regressor(own), unit / "model", meta | {"tasks": [task], "fold": fold, "target_mean": 2.0,
                                                                "target_std": 5.0})
             with open(unit / "predictions.csv", "w", newline="") as handle:
                 writer = csv.writer(handle)
-                writer.writerow(["split", "target", "prediction"])
-                writer.writerows([["val", 0, 9], *(["test", 0, i / 100] for i in range(1, 101))])
+                writer.writerow(["task", "split", "target", "prediction"])
+                writer.writerows([[task, "val", 0, 9], *([task, "test", 0, i / 100] for i in range(1, 101))])
     lines = [{"task": task, "property": f"meaning of {task}", "unit": unit, "symprec": symprec}
              for task, (unit, symprec) in TASKS.items()]
     (root / "results/demo").mkdir(parents=True)
@@ -44,3 +44,16 @@ def write_runs(root: Path, folds: tuple[int, ...] = (0, 1), frozen: bool = False
         pd.DataFrame({"formula_reduced": elements, "space_group": [221, 225, 225][:len(elements)]}).to_parquet(
             tables / f"{task}.parquet")
     return runs
+
+
+def write_joint(runs: Path, fold: int) -> None:
+    """A jointly fine-tuned model of all TASKS in `runs`, whose outputs lie around 5 and 1000."""
+    meta = io.read_json(runs / "matbench/dielectric/CLOUD/fold0-seed0/model/cloud.json")
+    torch.manual_seed(fold)
+    bert = BertModel(with_vocab(TINY, 776).bert_config(), add_pooling_layer=False)
+    unit = runs / "matbench/joint/CLOUD" / f"fold{fold}-seed0"
+    save_model(Regressor(bert, n_outputs=2), unit / "model", meta | {
+        "tasks": [*TASKS], "fold": fold, "target_mean": [5.0, 1000.0], "target_std": [1.0, 2.0]})
+    with open(unit / "predictions.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerows([["task", "split", "target", "prediction"], *([task, "test", 0, 1] for task in TASKS)])
