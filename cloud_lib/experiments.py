@@ -283,6 +283,24 @@ def _read(unit: dict[str, Any]) -> pd.DataFrame:
     return pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name)[PREDICTION_COLUMNS]
 
 
+def with_profiles(table: pd.DataFrame, profiles: Iterable[str]) -> pd.DataFrame:
+    """The predictions and, beside them, those of other profiles on the same tasks: "CLOUD (gpu, canonical)".
+
+    Raises:
+        FileNotFoundError: a profile has kept none.
+    """
+    found = [table]
+    for profile in profiles:
+        folder = io.results_dir() / profile
+        if not (folder / "matbench.parquet").is_file():
+            raise FileNotFoundError(f"expected results of profile {profile} in {folder}, found none; run make matbench "
+                                    f"PROFILE={profile}, or take it out of the parameter `beside`")
+        label = f"CLOUD ({profile}, {io.read_json(folder / 'curation.json')['style']})"
+        there = pd.read_parquet(folder / "matbench.parquet", filters=[("model", "==", "CLOUD"), ("split", "==", "test")])
+        found.append(there[there["task"].isin(table["task"])].assign(model=label))
+    return pd.concat(found, ignore_index=True)
+
+
 def dummy(token_dir: Path, tasks: Iterable[str], folds: Sequence[int]) -> pd.DataFrame:
     """Predictions of the mean over all rows outside the test fold, as MatBench's own dummy."""
     found = [_dummy(token_dir / task, task, fold) for task in tasks for fold in folds]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cloud_lib import ablations, curation, experiments, forest, sources
+from cloud_lib import ablations, curation, experiments, forest, io, sources
 from cloud_lib.ablations import Variant
 from cloud_lib.dataset import PackedTokens
 from cloud_lib.model import EncoderConfig
@@ -94,3 +94,18 @@ def test_settings_of_one_task(data):
     with pytest.raises(ValueError, match="expected settings of .* for jdft2d, found .'epoch'.*settings_by_task"):
         experiments.finetune_units(["jdft2d"], data / "tokens", {"CLOUD": config}, [0], [0], data / "runs",
                                    {"jdft2d": {"epoch": 2}})
+
+
+def test_other_profiles_stand_beside(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
+    ours = pd.DataFrame({"model": ["CLOUD", "dummy"], "task": "jdft2d", "fold": 0, "seed": 0, "split": "test",
+                         "material_id": "m", "row": 0, "target": 1.0, "prediction": [2.0, 3.0]})
+    assert experiments.with_profiles(ours, []).equals(ours)
+    with pytest.raises(FileNotFoundError, match="expected results of profile gpu in .*make matbench PROFILE=gpu"):
+        experiments.with_profiles(ours, ["gpu"])
+    folder = tmp_path / "results/gpu"
+    folder.mkdir(parents=True)
+    io.write_json(folder / "curation.json", {"style": "canonical"})
+    pd.concat([ours, ours.assign(task="phonons")]).to_parquet(folder / "matbench.parquet")
+    found = experiments.scores(experiments.with_profiles(ours, ["gpu"]))
+    assert found["model"].tolist() == ["CLOUD", "dummy", "CLOUD (gpu, canonical)"] and found["mae"].tolist() == [1, 2, 1]
