@@ -19,8 +19,7 @@ import orjson
 from cloud_lib import io
 from cloud_lib.partitions import FACTS, Item, Settings, run_partitions
 from cloud_lib.representation import ABLATION_STYLES, STYLES, ablate
-from cloud_lib.sources import corpus as corpus_files
-from cloud_lib.sources import embedded, optimade, records
+from cloud_lib.sources import corpus_files, embedded, optimade, records
 from cloud_lib.symmetry import read_crystals
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def corpus_items() -> Iterator[tuple[str, str, Any]]:
 
     Without either, the crystals of the package registry.
     """
-    files, harvested = corpus_files.files(), io.raw_dir() / "optimade"
+    files, harvested = corpus_files(), io.raw_dir() / "optimade"
     yield from path_items(files)
     yield from optimade.iter_structures(harvested)
     if not files and not list(harvested.glob("*/index.jsonl")):

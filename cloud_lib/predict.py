@@ -42,19 +42,6 @@ def predict(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "a
     return scaled.astype(np.float64) * meta["target_std"] + meta["target_mean"]
 
 
-def predict_ensemble(model_dirs: Sequence[str | os.PathLike], packed: PackedTokens, device: str = "auto",
-                     precision: str = "auto") -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over several models (folds or seeds), each float64 (n,).
-
-    Raises:
-        ValueError: no models; otherwise as `predict`.
-    """
-    if not len(model_dirs):
-        raise ValueError("expected at least one model folder, found none; run finetune first")
-    each = np.stack([predict(path, packed, device, precision) for path in model_dirs])
-    return each.mean(0), each.std(0)
-
-
 def embeddings(model_dir: str | os.PathLike, packed: PackedTokens, device: str = "auto",
                precision: str = "auto", token_budget: int = TOKEN_BUDGET) -> np.ndarray:
     """[CLS] hidden states of a pre-trained or fine-tuned encoder, float32 (n, width).

@@ -19,7 +19,6 @@ third field alone.
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,12 +222,3 @@ def describe(path: str | Path, style: str = "canonical", symprec: float = 0.01,
         except CrystalError as error:
             row["error"] = str(error)
         yield row
-
-
-def formula_of_sites(wyckoff: dict[tuple[str, str], int]) -> dict[str, int]:
-    """Exact reduced composition of a decoded `site` string: element -> smallest integer amount."""
-    amounts: Counter = Counter()
-    for (element, symbol), n in wyckoff.items():
-        amounts[element] += n * int(symbol[:-1])
-    divisor = gcd(*amounts.values()) if amounts else 1
-    return {element: amount // divisor for element, amount in amounts.items()}

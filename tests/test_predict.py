@@ -53,14 +53,6 @@ def test_order_and_batches_do_not_matter(packed, models):
     assert second == pytest.approx(first[order], abs=1e-5)
 
 
-def test_an_ensemble_is_the_mean_of_its_models(packed, models):
-    mean, std = predict.predict_ensemble(models, packed, precision="fp32")
-    each = [predict.predict(path, packed, precision="fp32") for path in models]
-    assert mean == pytest.approx(np.mean(each, axis=0)) and std == pytest.approx(np.std(each, axis=0))
-    with pytest.raises(ValueError, match="expected at least one model folder, found none"):
-        predict.predict_ensemble([], packed)
-
-
 def test_embeddings_and_attention_are_transformers(packed, models):
     theirs = BertModel.from_pretrained(models[0], add_pooling_layer=False, attn_implementation="eager").eval()
     found = predict.embeddings(models[0], packed, precision="fp32")

@@ -8,8 +8,8 @@ import sqlite3
 import numpy as np
 import pytest
 
-from cloud_lib import cli, io, sources
-from cloud_lib.sources import (DamagedFile, NotAvailable, corpus, discovery, embedded, matbench, minerals,
+from cloud_lib import cli, curation, io, sources
+from cloud_lib.sources import (DamagedFile, NotAvailable, discovery, embedded, matbench, minerals,
                                records, unconvbench)
 from cloud_lib.sources.miniature import write_miniature
 
@@ -48,8 +48,7 @@ def test_miniature_command(empty_root, capsys):
 
 def test_every_task_of_the_miniature_loads_and_can_be_learnt(miniature_root):
     assert sources.is_synthetic()
-    assert set(sources.available_tasks()) == {*matbench.TASKS, "supercon", "defected"}
-    for task in sources.available_tasks():
+    for task in (*matbench.TASKS, "supercon", "defected"):
         table = sources.load_task(task)
         assert list(table) == ["material_id", "structure", "target", "fold", "row"]
         assert len(table) == 60 == table.attrs["rows"] and table["material_id"].is_unique
@@ -80,11 +79,12 @@ def test_miniature_crystals_have_the_symmetry_that_their_prototype_names(miniatu
     from cloud_lib.symmetry import CrystalError, as_crystal, symmetry_record
 
     found, rejected = set(), []
-    for material_id, _, record in corpus.iter_corpus():
+    for record in [r for file in sources.corpus_files() for r in records.read_json_lines(file)
+                   if r.get("type") == "structures"]:
         try:
             found.add(symmetry_record(as_crystal(record)).space_group)
         except CrystalError:
-            rejected.append(material_id)
+            rejected.append(record["id"])
     assert len(found) > 90
     assert rejected == ["unusable-overlapping", "unusable-without-volume", "unusable-without-atoms"]
 
@@ -290,7 +290,7 @@ def test_damaged_corpus_file(miniature_root, tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_bytes(gzip.compress(b'{"type": "structures", "id": "a"}\n' * 9)[:-12])
     with pytest.raises(DamagedFile, match="materials_project.jsonl.gz is cut short"):
-        list(corpus.iter_corpus())
+        list(curation.corpus_items())
 
 
 # ----------------------------------------------------------------------------------------- embedded crystals
@@ -368,7 +368,6 @@ def _write_bulks(path):
 
 
 def test_embedded_tasks(embedded_root):
-    assert sources.available_tasks() == ["dielectric", "log_gvrh", "log_kvrh", "mp_e_form"]
     dielectric = sources.load_task("dielectric")
     assert dielectric.attrs["folds"] == "official" and len(dielectric) == 4764
     assert (dielectric["fold"] == records.kfold(4764, 18012019)).all()
@@ -386,7 +385,7 @@ def test_embedded_discovery_splits_by_formula(embedded_root):
 
 
 def test_embedded_corpus_and_its_rejects(embedded_root):
-    found = {material_id: structure for material_id, _, structure in corpus.iter_corpus()}
+    found = {material_id: structure for material_id, _, structure in embedded.corpus()}
     assert len(found) == 4764 + 5 + 8 + 2 + 1 + 7 + 288
     salt = found["amcsd:00001"]
     assert records.elements(salt) == {"Na": 4, "Cl": 4} and records.formula(salt) == "ClNa"

