@@ -1,8 +1,7 @@
 import json
-
-import matplotlib as mpl
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
