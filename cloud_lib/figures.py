@@ -33,7 +33,7 @@ def attention(tokens: list[str], parts: np.ndarray, weights: np.ndarray) -> Figu
         weights: (n, n) attention from row to column, rows sum to 1.
     """
     n = len(tokens)
-    fig, ((left, right),) = _panels(TEXT_MM, 88, columns=2, width_ratios=(1.25, 1))
+    fig, ((left, right),) = _panels(TEXT_MM, max(88, 18 + 2.4 * n), columns=2, width_ratios=(1.25, 1))  # labels of 2.1 mm
     image = left.imshow(weights, cmap="Blues", vmin=0, vmax=np.quantile(weights, 0.99), aspect="auto")
     left.set(xticks=range(n), yticks=range(n), xlabel="attended token", ylabel="attending token")
     left.set_xticklabels(tokens, rotation=90, fontsize=6)
