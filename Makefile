@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all tables figures help data harvest lab test bench-gpu slurm clean $(NAMES)
+.PHONY: all tables figures report help data harvest lab test bench-gpu slurm clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
@@ -74,6 +74,9 @@ figures: tables
 tables: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training (or: figures)
 	for name in $(filter-out 00_start_here,$(NAMES)); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
 	  --file params/$(PROFILE)/$$name.yaml -p stage restore || exit 1; done
+
+report: $(READY)  ## one site of PROFILE's notebooks that have run, its tables and figures, for a browser
+	$(RUN) -m cloud_lib report --profile $(PROFILE)
 
 data: $(READY)  ## fetch and verify the real crystals (package registry) into data/raw
 	$(RUN) -m cloud_lib data

@@ -32,6 +32,12 @@ def _cmd_readme(args: argparse.Namespace) -> None:
     print(f"updated {update_readme(args.profile)}")
 
 
+def _cmd_report(args: argparse.Namespace) -> None:
+    from cloud_lib import site
+
+    print(site.build(args.profile, args.out))
+
+
 def _cmd_scaling(args: argparse.Namespace) -> None:
     import json
 
@@ -252,6 +258,11 @@ def build_parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="rewrite the README's results block from tables/<profile>/")
     readme.add_argument("--profile", default="demo")
     readme.set_defaults(run=_cmd_readme)
+
+    report = commands.add_parser("report", help="make a site of a profile's notebooks, tables and figures")
+    report.add_argument("--profile", default="demo")
+    report.add_argument("--out", type=Path, metavar="DIR", help="default: build/report/<profile>")
+    report.set_defaults(run=_cmd_report)
 
     scaling = commands.add_parser("scaling", help="fit the scaling law L = A/N^alpha + B/D^beta + E to a table of runs")
     scaling.add_argument("runs", type=Path, metavar="RUNS.csv",

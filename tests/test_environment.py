@@ -64,6 +64,8 @@ ARROWS = {
     "remote": {"io", "train", "predict"},
     "transfer": {"io", "train", "checkpoint", "experiments", "plan", "remote"},
     "scaling_tables": {"io", "powerlaw", "scaling", "grid", "train", "experiments", "report"},
+    "explore": {"io", "experiments"},
+    "site": {"io", "report", "explore"},
     "notebook": set(),
     "slurm": {"io"},
 }
