@@ -19,6 +19,7 @@ from cloud_lib import io
 from cloud_lib.experiments import EXAMPLES, example_strings
 
 SCRIPT = "plotly.min.js"
+FIT = 'addEventListener("load", () => dispatchEvent(new Event("resize")))'  # drawn before the page has its columns
 MARGIN = {"l": 0, "r": 0, "t": 0, "b": 0}
 
 
@@ -31,7 +32,8 @@ def write_script(folder: Path) -> Path:
 
 def page(profile: str) -> str:
     """The page in Markdown; without the profile's corpus statistics it shows the example crystals only."""
-    sections = ["# Explore", _raw(f'<script src="_static/{SCRIPT}"></script>'), "## Elements and space groups"]
+    scripts = _raw(f'<script src="_static/{SCRIPT}"></script><script>{FIT}</script>')
+    sections = ["# Explore", scripts, "## Elements and space groups"]
     file = io.results_dir() / profile / "corpus_statistics.csv"
     if file.is_file():
         statistics = pd.read_csv(file)

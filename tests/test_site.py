@@ -232,7 +232,9 @@ def test_the_interactive_pictures_are_drawn(html, chromium):
     drawn = "document.querySelectorAll('.plotly-graph-div .main-svg')"
     names = chromium.ask(f"[...{drawn}].map(picture => picture.closest('div[id]').id)")
     assert {"elements", "space-groups", "crystal-0", "crystal-4"} <= set(names)
-    assert "O" in chromium.ask("document.querySelector('#elements').textContent")
+    assert "Og" in chromium.ask("document.querySelector('#elements').textContent")
+    width = "document.querySelector('{}').getBoundingClientRect().width"
+    chromium.wait_for(f"{width.format('#elements .main-svg')} <= {width.format('#elements')}")
 
 
 def test_search_finds_a_page(html, chromium):
