@@ -27,6 +27,7 @@ from cloud_lib import io
 KINDS = ("pretrain", "finetune")
 UNIT_KEYS = {"kind", "config", "data_dir", "out_dir", "restart"}
 ANSWER = "unit-result "  # start of a worker's answer line
+PARENT = "CLOUD_PARENT_PID"  # who started a worker or launcher: it may be gone before the child can ask
 
 
 def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worker: int = 1,
@@ -139,7 +140,7 @@ def _done(unit: dict[str, Any]) -> dict[str, Any] | None:
 def _environment(threads: int) -> dict[str, str]:
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, PARENT: str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -244,7 +245,7 @@ def _work() -> int:
 
 def _end_with_parent() -> None:
     """When the parent is gone (killed), save and exit as after SIGTERM instead of training on unseen."""
-    parent = os.getppid()
+    parent = int(os.environ[PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -361,6 +361,12 @@ def test_workers_of_a_killed_parent_save_and_end(tmp_path, corpus):
         assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+def test_a_worker_whose_parent_died_before_it_could_ask_ends():
+    with subprocess.Popen([sys.executable, "-m", "cloud_lib.train", "--worker"], stdin=subprocess.PIPE,
+                          env=units._environment(1) | {units.PARENT: "999999999"}) as worker:
+        assert worker.wait(60) == -signal.SIGTERM  # nothing to save yet
+
+
 def test_a_dead_worker_is_a_failed_unit():
     with subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as worker:
