@@ -356,6 +356,8 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
                     main: str) -> pd.DataFrame:
     """Tables 1 and 2: a line per task; the paper's CLOUD, ours, their ratio, and every other model of `models`.
 
+    A model that has not finished all folds of ours on a task is missing there: other rows are no comparison.
+
     Args:
         found: `scores` of all models, ours and published ones on the same rows.
         paper: the paper's table; its model CLOUD is compared.
@@ -371,8 +373,9 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
     lines["ratio"] = lines["ours"] / lines["paper (all rows)"]
     lines["ours/MAD"] = lines["ours"] / lines["mad"]
     lines.loc[lines["rows"].isna(), "fold origin"] = None
+    same_rows = found.merge(lines[["task", "folds", "rows"]], on=["task", "folds", "rows"])
     for model in models:
-        rows = found[found["model"] == model].set_index("task")
+        rows = same_rows[same_rows["model"] == model].set_index("task")
         lines[model], lines[f"{model}_std"] = lines["task"].map(rows["mae"]), lines["task"].map(rows["mae_std"])
     paper_columns = [c for c in ("paper (all rows)", "paper (all rows)_std") if c in lines]
     order = ["task", "unit", "rows", "rows_official", "folds", "fold origin", "seeds", *paper_columns, "ours",
@@ -381,8 +384,10 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
 
 
 def paired_scores(found: pd.DataFrame, pretrained: str, scratch: str) -> pd.DataFrame:
-    """Figure 2: a line per task that both models have, with their `mae_` and `std_`, and the change in per cent."""
-    wide = found[found["model"].isin([pretrained, scratch])].pivot(index="task", columns="model", values=["mae", "mae_std"])
+    """Figure 2: a line per task of which both have the same rows, with their `mae_` and `std_`, and the change in per cent."""
+    two = found[found["model"].isin([pretrained, scratch])]
+    two = two[two.groupby("task")["rows"].transform("nunique") == 1]
+    wide = two.pivot(index="task", columns="model", values=["mae", "mae_std"])
     both = pd.MultiIndex.from_product([["mae", "mae_std"], [pretrained, scratch]])
     wide = wide.reindex(index=found["task"].unique(), columns=both)
     table = pd.DataFrame({f"{column}_{name}": wide[value, model] for name, model in (("scratch", scratch),

@@ -109,3 +109,19 @@ def test_other_profiles_stand_beside(data, monkeypatch, tmp_path):
     pd.concat([ours, ours.assign(task="phonons")]).to_parquet(folder / "matbench.parquet")
     found = experiments.scores(experiments.with_profiles(ours, ["gpu"]))
     assert found["model"].tolist() == ["CLOUD", "dummy", "CLOUD (gpu, canonical)"] and found["mae"].tolist() == [1, 2, 1]
+
+
+def test_models_without_all_folds_are_not_compared():
+    rows = [(model, task, fold) for model, task, folds in
+            (("CLOUD", "jdft2d", 3), ("from scratch", "jdft2d", 2), ("dummy", "jdft2d", 3),
+             ("CLOUD", "phonons", 2), ("from scratch", "phonons", 2)) for fold in range(folds)]
+    table = pd.DataFrame(rows, columns=["model", "task", "fold"]).assign(
+        seed=0, split="test", row=lambda t: t["fold"], target=0.0, prediction=lambda t: 1.0 + (t["model"] == "CLOUD"))
+    found = experiments.scores(table)
+    benchmarks = pd.DataFrame({"task": ["jdft2d", "phonons"], "unit": "u", "rows_official": 9, "folds": "official"})
+    paper = pd.DataFrame({"model": "CLOUD", "type": "t", "task": ["jdft2d"], "mae_mean": 4.0, "mae_std": 1.0})
+    shown = experiments.benchmark_table(found, paper, benchmarks, ["from scratch", "dummy"], "CLOUD").set_index("task")
+    assert shown["ours"].tolist() == [2, 2] and shown.loc["jdft2d", "ratio"] == 0.5
+    assert np.isnan(shown.loc["jdft2d", "from scratch"]) and shown.loc["jdft2d", "dummy"] == 1
+    assert shown.loc["phonons", "from scratch"] == 1
+    assert experiments.paired_scores(found, "CLOUD", "from scratch")["task"].tolist() == ["phonons"]
