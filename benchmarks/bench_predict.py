@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pymatgen.core import Structure
 from pymatgen.io.cif import CifWriter
@@ -66,6 +67,7 @@ def write_bundle(folder: Path, n_layers: int, n_heads: int, n_properties: int, n
             bert = BertModel(config.bert_config(), add_pooling_layer=False)
             save_model(Regressor(bert), folder / path, meta | {"tasks": [name]})
             members.append(bundle.Member(path, path))
+        pd.DataFrame(columns=bundle.HELD_OUT_COLUMNS).to_csv(folder / name / "predictions.csv", index=False)
         properties[name] = bundle.Property(name, "1", name, recipe, tuple(members), 1, 1, 1, 1, None, None)
     return bundle.write(bundle.Bundle(folder, properties, None, None, {}), folder / "bundle")
 

@@ -2,6 +2,7 @@
 
     models.json                          properties, units, recipe of the strings, held-out errors, checksums
     README.md                            model card
+    held_out.parquet                     what every model predicted for the crystals of its test fold
     encoder/                             the pre-trained encoder with its tokenizer, for embeddings
     <property>/fold0-seed0/              one folder per model of the ensemble, as train writes them, in bfloat16
     joint/fold0-seed0/                   the same of models fine-tuned on several properties together
@@ -15,14 +16,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cloud_lib import io
 from cloud_lib.model_card import card
 
-MANIFEST, FORMAT = "models.json", 1
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST, HELD_OUT, FORMAT = "models.json", "held_out.parquet", 1
+HELD_OUT_COLUMNS = ["task", "fold", "split", "material_id", "target", "prediction"]
 PROFILES = ("paper", "gpu_site", "gpu", "cpu", "demo")  # whose models are taken if there is no models/: largest first
 ONE_SIGMA = 68.27  # per cent of a normal distribution within one standard deviation
 
@@ -100,6 +105,23 @@ class Bundle:
                 raise ValueError(f"expected weights {self.folder / file} with sha256 {self.sha256[file][:12]}, "
                                  "found other content: damaged; fetch the models again")
         return self.folder / name
+
+    def held_out(self, names: Sequence[str] | None = None) -> "pd.DataFrame":
+        """Test predictions of the models: HELD_OUT_COLUMNS, in the properties' units.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        import pandas as pd
+
+        chosen = self.choose(names)
+        if (self.folder / HELD_OUT).is_file():
+            found = pd.read_parquet(self.folder / HELD_OUT)
+        else:
+            files = dict.fromkeys((self.folder / m.head).parent / "predictions.csv" for p in chosen for m in p.members)
+            found = pd.concat([pd.read_csv(file)[HELD_OUT_COLUMNS] for file in files], ignore_index=True)
+        of_chosen = found["task"].isin([p.name for p in chosen]) & (found["split"] == "test")
+        return found[of_chosen].reset_index(drop=True)
 
     def _weights(self, name: str) -> list[str]:
         return [file for file in self.sha256 if file.rsplit("/", 1)[0] == name]
@@ -289,6 +311,7 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
                 for p in chosen}
         for value in made.values():
             del value["name"]
+        source.held_out(properties).to_parquet(folder / HELD_OUT, index=False)
         recipe = source.encoder_recipe._asdict() if source.encoder_recipe else None
         io.write_json(folder / MANIFEST, {
             "format": FORMAT, "properties": made, "encoder": "encoder" if source.encoder else None,

@@ -248,6 +248,8 @@ def test_a_bundle_predicts_what_its_runs_do(runs, models, structures):
         assert 0 < models.properties[name].error_68 == pytest.approx(0.68, abs=0.01)
     sizes = [sum(f.stat().st_size for f in folder.rglob("model.safetensors")) for folder in (runs, models.folder)]
     assert sizes[1] < 0.55 * sizes[0]
+    assert len(models.held_out()) == 400 and models.held_out(["dielectric"]).equals(
+        bundle.find(runs).held_out(["dielectric"]))
     assert "| dielectric | meaning of dielectric | 1 |" in (models.folder / "README.md").read_text()
 
 

@@ -9,6 +9,7 @@ from toy_tokens import TINY
 from transformers import BertModel
 
 from cloud_lib import io
+from cloud_lib.bundle import HELD_OUT_COLUMNS
 from cloud_lib.model import Regressor, save_model, with_vocab
 from cloud_lib.tokenizer import Tokenizer
 
@@ -32,8 +33,9 @@ def write_runs(root: Path, folds: tuple[int, ...] = (0, 1), frozen: bool = False
                                                                "target_std": 5.0})
             with open(unit / "predictions.csv", "w", newline="") as handle:
                 writer = csv.writer(handle)
-                writer.writerow(["task", "split", "target", "prediction"])
-                writer.writerows([[task, "val", 0, 9], *([task, "test", 0, i / 100] for i in range(1, 101))])
+                writer.writerow(HELD_OUT_COLUMNS)
+                writer.writerows([[task, fold, "val", "m0", 0, 9],
+                                  *([task, fold, "test", f"m{i}", 0, i / 100] for i in range(1, 101))])
     lines = [{"task": task, "property": f"meaning of {task}", "unit": unit, "symprec": symprec}
              for task, (unit, symprec) in TASKS.items()]
     (root / "results/demo").mkdir(parents=True)
@@ -56,4 +58,4 @@ def write_joint(runs: Path, fold: int) -> None:
         "tasks": [*TASKS], "fold": fold, "target_mean": [5.0, 1000.0], "target_std": [1.0, 2.0]})
     with open(unit / "predictions.csv", "w", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerows([["task", "split", "target", "prediction"], *([task, "test", 0, 1] for task in TASKS)])
+        writer.writerows([HELD_OUT_COLUMNS, *([task, fold, "test", "m", 0, 1] for task in TASKS)])
