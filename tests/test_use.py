@@ -290,7 +290,7 @@ def test_the_weights_of_the_repository_predict():
             for a, species in crystals.values()]
     found = use.predict_structures(made, shipped)
     assert found["error"].isna().all()
-    assert set(found["warnings"]) == {"space group 225: in no labelled crystal of jdft2d, perovskites"}
+    assert found["warnings"].str.startswith("space group 225: in no labelled crystal of jdft2d, perovskites").all()
     known = {"dielectric": [1.54, 1.74], "log_kvrh": [1.38, 2.18], "log_gvrh": [1.17, 2.11]}  # refractive index, log10(GPa)
     for name, values in known.items():
         assert (np.abs(found[name] - values) < 3 * found[f"{name}_std"]).all(), found[[name, f"{name}_std"]]
