@@ -37,7 +37,7 @@ ifneq ($(CLOUD_DATA),)
 export CLOUD_DATA
 endif
 
-.PHONY: all tables figures report help data harvest lab test bench-gpu slurm clean $(NAMES)
+.PHONY: all tables figures report help data harvest install lab test bench-gpu slurm clean $(NAMES)
 
 all: $(NAMES:%=$(BUILD)/%.ipynb)  ## run every notebook of PROFILE that is out of date (default: demo)
 
@@ -97,6 +97,8 @@ $(READY): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --requirement requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+install: $(READY)  ## make the environment .venv
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks
