@@ -73,7 +73,7 @@ $(BUILD)/input.txt:
 figures: tables
 tables: $(READY)  ## rebuild tables and figures of PROFILE from results/PROFILE, without training (or: figures)
 	for name in $(filter-out 00_start_here,$(NAMES)); do $(RUN) -m cloud_lib notebook notebooks/$$name.ipynb build/restored/$(PROFILE)/$$name.ipynb \
-	  --file params/$(PROFILE)/$$name.yaml -p stage restore || exit 1; done
+	  --file params/$(PROFILE)/$$name.yaml --restore || exit 1; done
 
 report: $(READY)  ## one site of PROFILE's notebooks that have run, its tables and figures, for a browser
 	$(RUN) -m cloud_lib report --profile $(PROFILE)

@@ -21,9 +21,17 @@ USER_ERRORS = (ValueError, OSError, NotAvailable)
 
 
 def _cmd_notebook(args: argparse.Namespace) -> None:
-    from cloud_lib.notebook import run_notebook
+    from cloud_lib import io
+    from cloud_lib.notebook import missing_results, run_notebook
 
-    run_notebook(args.source, args.target, args.file, dict(args.parameter), profile=args.profile)
+    given = dict(args.parameter)
+    if args.restore:
+        profile = args.profile or args.target.parent.name
+        if missing := missing_results(args.source, io.results_dir() / profile):
+            print(f"{args.source.stem}: left out, {missing[0]} is not there; run make {args.source.stem[:2]} PROFILE={profile}")
+            return
+        given["stage"] = "restore"
+    run_notebook(args.source, args.target, args.file, given, profile=args.profile)
 
 
 def _cmd_readme(args: argparse.Namespace) -> None:
@@ -253,6 +261,8 @@ def build_parser() -> argparse.ArgumentParser:
     notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
                           help="one more override; VALUE is read as YAML")
     notebook.add_argument("--profile", help="default: the name of the target's folder")
+    notebook.add_argument("--restore", action="store_true",
+                          help="with stage=restore, from results/<profile>/; left out where nothing is kept there")
     notebook.set_defaults(run=_cmd_notebook)
 
     readme = commands.add_parser("readme", help="rewrite the README's results block from tables/<profile>/")

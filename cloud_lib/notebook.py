@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from papermill import PapermillExecutionError, execute_notebook
 from traitlets.config import Config
 
 START_TIMEOUT_S = 300  # a loaded machine needs more than papermill's 60 s to start a kernel
+KEPT = re.compile(r'kept\(results / "([^"]+)"')
 SHUTDOWN_WAIT_S = 200.0  # half of it for an interrupted kernel to save
 
 
@@ -54,6 +56,12 @@ def run_notebook(source: Path, target: Path, file: Path | None = None,
     _execute(source, target, given)
     print(f"{source.stem}: {time.monotonic() - started:.0f} s", flush=True)
     return target
+
+
+def missing_results(source: Path, folder: Path) -> list[Path]:
+    """Files that the notebook keeps its results in, `kept(results / "NAME", ...)`, and that `folder` lacks."""
+    code = "\n".join(cell.source for cell in nbformat.read(source, as_version=4).cells if cell.cell_type == "code")
+    return [folder / name for name in KEPT.findall(code) if not (folder / name).is_file()]
 
 
 def _execute(source: Path, target: Path, parameters: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from cloud_lib.cli import main
 from cloud_lib.notebook import (
-    NotebookError, check_parameters, parameter_defaults, read_parameters, run_notebook,
+    NotebookError, check_parameters, missing_results, parameter_defaults, read_parameters, run_notebook,
 )
 
 DEFAULTS = {"profile": "demo", "learning_rate": 1e-4, "n_layers": 12, "tasks": ["dielectric"],
@@ -122,3 +122,16 @@ def test_dead_kernel_is_named(tmp_path):
     with pytest.raises(NotebookError, match="01_a.ipynb: the kernel died"):
         run_notebook(source, tmp_path / "demo" / "01_a.ipynb")
     assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_a_notebook_without_kept_results_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
+    target = tmp_path / "build/restored/cpu/06_scaling_law.ipynb"
+    source = Path(__file__).parents[1] / "notebooks/06_scaling_law.ipynb"
+    assert main(["notebook", str(source), str(target), "--restore"]) == 0
+    assert capsys.readouterr().out.endswith("results/cpu/scaling_runs.csv is not there; run make 06 PROFILE=cpu\n")
+    assert not target.exists()
+    for file in missing_results(source, tmp_path / "results/cpu"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert missing_results(source, tmp_path / "results/cpu") == []
