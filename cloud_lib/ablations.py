@@ -108,8 +108,7 @@ def run(chosen: Sequence[Variant], pretraining: Any, finetuning: Any, tasks: Seq
     todo = finetuning_units(chosen, finetuning, tasks, folds, seeds, data_dir, out_dir, settings_by_task)
     if not only_finished:
         units.run_units(pretraining_units(chosen, pretraining, data_dir, out_dir), n_workers)
-        units.run_units(todo, n_workers)
-    return experiments.read_predictions(units.finished(todo))
+    return experiments.train_and_read(todo, n_workers, only_finished)
 
 
 def baselines(styles: Sequence[str], pretraining: Any, finetuning: Any, tasks: Sequence[str], folds: Sequence[int],

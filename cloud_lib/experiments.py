@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from cloud_lib import curation, dataset, io, metrics, report, sources, units
 from cloud_lib.representation import STYLES, string
 from cloud_lib.sources import matbench, optimade
 from cloud_lib.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
 
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
 SCORE_COLUMNS = ["task", "model", "mae", "mae_std", "rows", "folds", "seeds", "mad"]
@@ -108,16 +111,23 @@ def harvest_summary() -> pd.DataFrame:
     return pd.concat([found, absent], ignore_index=True) if len(found) else absent.reindex(columns=columns)
 
 
-def example_strings(symprec: float = 0.01) -> pd.DataFrame:
-    """Five well-known crystals in every style: columns `crystal`, then one per style."""
+def example_structures() -> "dict[str, Structure]":
+    """The crystals of EXAMPLES in their conventional cells."""
     from pymatgen.core import Lattice, Structure
 
+    found = {}
+    for name, (space_group, cell, sites) in EXAMPLES.items():
+        species, coordinates = zip(*sites)
+        found[name] = Structure.from_spacegroup(space_group, Lattice.from_parameters(*cell), species, coordinates)
+    return found
+
+
+def example_strings(symprec: float = 0.01) -> pd.DataFrame:
+    """Five well-known crystals in every style: columns `crystal`, then one per style."""
     from cloud_lib.symmetry import symmetry_record
 
     found = []
-    for name, (space_group, cell, sites) in EXAMPLES.items():
-        species, coordinates = zip(*sites)
-        structure = Structure.from_spacegroup(space_group, Lattice.from_parameters(*cell), species, coordinates)
+    for name, structure in example_structures().items():
         record = symmetry_record(structure, symprec, engine="spglib")
         found.append({"crystal": name} | {style: string(record, style) for style in STYLES})
     return pd.DataFrame(found)
@@ -244,6 +254,11 @@ def finetune(tasks: Iterable[str], token_dir: Path, configs: dict[str, Any], fol
     nothing and takes the units that have finished, such as those imported from another machine.
     """
     todo = finetune_units(tasks, token_dir, configs, folds, seeds, out_dir, settings_by_task)
+    return train_and_read(todo, n_workers, only_finished)
+
+
+def train_and_read(todo: Sequence[dict[str, Any]], n_workers: int, only_finished: bool) -> pd.DataFrame:
+    """Train the fine-tuning units, or (`only_finished`) none; what those that have finished predict."""
     if not only_finished:
         units.run_units(todo, n_workers)
     return read_predictions(units.finished(todo))
@@ -268,9 +283,7 @@ def finetune_jointly(tasks: Sequence[str], token_dir: Path, config: Any, setting
         settings: what differs from `config`; empty: no joint fine-tuning, no rows.
     """
     todo = joint_units(tasks, token_dir, _with_settings(config, settings, "joint"), folds, seeds, out_dir) if settings else []
-    if not only_finished:
-        units.run_units(todo, n_workers)
-    return read_predictions(units.finished(todo)).assign(model="CLOUD (joint)")
+    return train_and_read(todo, n_workers, only_finished).assign(model="CLOUD (joint)")
 
 
 def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -11,12 +11,12 @@ import pandas as pd
 import plotly.graph_objects as go
 import pymatviz
 from plotly.offline import get_plotlyjs
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Structure
 from pymatgen.symmetry.groups import sg_symbol_from_int_number
 from pymatviz.utils import df_ptable
 
 from cloud_lib import io
-from cloud_lib.experiments import EXAMPLES, example_strings
+from cloud_lib.experiments import example_strings, example_structures
 
 SCRIPT = "plotly.min.js"
 FIT = 'addEventListener("load", () => dispatchEvent(new Event("resize")))'  # drawn before the page has its columns
@@ -97,15 +97,6 @@ def crystal(structure: Structure) -> go.Figure:
     fig = pymatviz.structure_3d(structure, subplot_title=False, show_cell=cell, show_image_sites={"opacity": 1})
     fig.update_scenes(camera={"eye": {"x": 1.7, "y": 0.9, "z": 0.6}, "projection": {"type": "orthographic"}})
     return fig.update_layout(width=None, height=320, margin=MARGIN, legend={"font": {"size": 14}})
-
-
-def example_structures() -> dict[str, Structure]:
-    """The crystals of `experiments.EXAMPLES` in their conventional cells."""
-    found = {}
-    for name, (space_group, cell, sites) in EXAMPLES.items():
-        species, coordinates = zip(*sites)
-        found[name] = Structure.from_spacegroup(space_group, Lattice.from_parameters(*cell), species, coordinates)
-    return found
 
 
 def _plot(fig: go.Figure, name: str, kind: str = "square") -> str:
