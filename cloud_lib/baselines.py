@@ -61,6 +61,8 @@ PAPER_BASELINES = (
 OWN_BASELINES = (
     Baseline("Dummy", "no input", "mean of the training rows", "", HERE, DISCOVERY, HERE),
     Baseline("from scratch", FREE, "Transformer", PAPER, HERE, "", HERE),
+    Baseline("CLOUD (intermediate)", FREE, "Transformer, other labels learnt first", "arXiv:1811.01088", HERE),
+    Baseline("CLOUD (ensemble)", FREE, "mean of CLOUD and CLOUD (intermediate)", "", HERE),
     Baseline("CLOUD (joint)", FREE, "Transformer, all tasks in one", "", HERE),
     Baseline("random forest", AGNOSTIC, "Random Forest", "10.1038/npjcompumats.2016.28", HERE),
     Baseline("BERT on composition", AGNOSTIC, "Transformer", "", HERE),

@@ -61,22 +61,34 @@ def pack(tokens: np.ndarray, offsets: np.ndarray, out_dir: str | os.PathLike, me
     return PackedTokens.open(out_dir)
 
 
-def join(tasks: Mapping[str, str | os.PathLike], out_dir: str | os.PathLike) -> "PackedTokens":
+def join(tasks: Mapping[str, str | os.PathLike], out_dir: str | os.PathLike,
+         without: Sequence[str | os.PathLike] = ()) -> "PackedTokens":
     """Write the rows of several tasks, name -> data folder, as one that is fine-tuned jointly (atomic).
 
+    Args:
+        without: data folders; rows whose string occurs in any of them are left out (meta: n_left_out).
     Raises:
-        ValueError: no tasks, or of different vocabularies or styles.
+        ValueError: no tasks, or of different vocabularies or styles, or no row is left.
     """
-    parts = [PackedTokens.open(folder) for folder in tasks.values()]
+    parts = [PackedTokens.open(folder) for folder in (*tasks.values(), *without)]
     if len({(part.meta["vocab_sha256"], part.meta["style"]) for part in parts}) != 1:
         raise ValueError(f"expected tasks of one vocabulary and style, found {[*tasks]} with "
                          f"{sorted({part.meta['style'] for part in parts})}; pack them alike")
-    labels = [part.labels() | {"task": np.full(len(part), i)} for i, part in enumerate(parts)]
+    hashes = [string_hashes(part, np.arange(len(part))) for part in parts]
+    parts, unwanted = parts[:len(tasks)], np.concatenate([np.empty(0, np.uint64), *hashes[len(tasks):]])
+    kept = [np.flatnonzero(~np.isin(found, unwanted)) for found in hashes[:len(tasks)]]
+    if not sum(map(len, kept)):
+        raise ValueError(f"expected rows of {[*tasks]} that are not in {[*map(str, without)]}, found none; name fewer")
+    pieces = [gather(part, rows) for part, rows in zip(parts, kept) if len(rows)]
+    labels = [{key: values[rows] for key, values in part.labels().items()} | {"task": np.full(len(rows), i)}
+              for i, (part, rows) in enumerate(zip(parts, kept))]
     meta = {key: parts[0].meta[key] for key in META_KEYS} | {"task": "joint", "tasks": [*tasks]}
-    return pack(np.concatenate([part.tokens for part in parts]),
-                np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]), out_dir, meta,
-                {key: np.concatenate([one[key] for one in labels]) for key in labels[0]},
-                [name for part in parts for name in part.material_id()])
+    if without:
+        meta["n_left_out"] = sum(map(len, parts)) - sum(map(len, kept))
+    names = [np.asarray(part.material_id())[rows] for part, rows in zip(parts, kept)]
+    return pack(np.concatenate([tokens for tokens, _ in pieces]),
+                np.concatenate([[0], np.cumsum(np.concatenate([lengths for _, lengths in pieces]))]), out_dir, meta,
+                {key: np.concatenate([one[key] for one in labels]) for key in labels[0]}, np.concatenate(names))
 
 
 def _check_arrays(tokens: np.ndarray, offsets: np.ndarray, meta: dict[str, Any]) -> None:
@@ -210,9 +222,14 @@ def split_rows(packed: PackedTokens, val_fraction: float, seed: int) -> tuple[np
 
 
 def string_groups(packed: PackedTokens, rows: np.ndarray) -> np.ndarray:
-    """Number of the distinct string of every row, int64 (len(rows),): equal strings, equal numbers.
+    """Number of the distinct string of every row, int64 (len(rows),): equal strings, equal numbers."""
+    return np.unique(string_hashes(packed, rows), return_inverse=True)[1]
 
-    Compares 64-bit hashes, so two different strings share a number with probability below n^2 / 2^65.
+
+def string_hashes(packed: PackedTokens, rows: np.ndarray) -> np.ndarray:
+    """64-bit hash of the string of every row, uint64 (len(rows),), the same in every data folder.
+
+    Two different ones of n strings share a hash with probability below n^2 / 2^65.
     """
     rng = np.random.default_rng(0)
     factors = rng.integers(1, 2**63, (2, 65_536), dtype=np.uint64) | np.uint64(1)
@@ -221,7 +238,7 @@ def string_groups(packed: PackedTokens, rows: np.ndarray) -> np.ndarray:
         tokens, lengths = gather(packed, chunk)
         terms = factors[0][tokens] * factors[1][_ranges(lengths) % 65_536]
         hashes.append(np.add.reduceat(terms, np.concatenate([[0], np.cumsum(lengths)[:-1]])))
-    return np.unique(np.concatenate(hashes), return_inverse=True)[1]
+    return np.concatenate(hashes)
 
 
 def step_rows(rows: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -246,8 +263,7 @@ def gather(packed: PackedTokens, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:
     """0..l-1 for every l in `lengths`, end to end."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 # ---------------------------------------------------------------------------------------------- batches

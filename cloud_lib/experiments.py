@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PREDICTION_COLUMNS = ["model", "task", "fold", "seed", "split", "material_id", "row", "target", "prediction"]
 SCORE_COLUMNS = ["task", "model", "mae", "mae_std", "rows", "folds", "seeds", "mad"]
 STAGES = ("run", "restore")
+INTERMEDIATE = "CLOUD (intermediate)"  # the encoder learnt labels of other tasks after pre-training
+ENSEMBLE = "CLOUD (ensemble)"
 PARTS = ["generator", "wyckoff", "element", "fraction"]  # of a string, in its order
 HYPERPARAMETERS = {  # Table 4's name -> ours
     "pretrain": {"bert_hidden_layers": "n_layers", "bert_attention_heads": "n_heads",
@@ -86,6 +88,11 @@ def read_benchmarks(file: Path, benchmark: str, tasks: Sequence[str], max_rows: 
                          "add them to notebook 01_data_curation")
     small = ~(table["rows"] > (max_rows or np.inf))
     return table.assign(chosen=table["available"] & table["task"].isin(tasks) & small)
+
+
+def chosen_tasks(benchmarks: pd.DataFrame, max_rows: int | None = None) -> list[str]:
+    """The chosen tasks of `read_benchmarks` with at most max_rows rows; None or 0 = no limit."""
+    return benchmarks.loc[benchmarks["chosen"] & ~(benchmarks["rows"] > (max_rows or np.inf)), "task"].tolist()
 
 
 def _prepare(task: str, out_dir: Path, symprec: float, n_workers: int) -> dict[str, Any]:
@@ -286,6 +293,40 @@ def finetune_jointly(tasks: Sequence[str], token_dir: Path, config: Any, setting
     return train_and_read(todo, n_workers, only_finished).assign(model="CLOUD (joint)")
 
 
+def intermediate_units(settings: dict[str, Any], tasks: Sequence[str], token_dir: Path, config: Any, folds: Sequence[int],
+                       seeds: Sequence[int], out_dir: Path,
+                       settings_by_task: dict[str, dict[str, Any]] | None = None) -> tuple[dict, list[dict[str, Any]]]:
+    """One unit that learns all labels of well-stocked tasks together, and `finetune_units` that start from its encoder.
+
+    Training on an intermediate task: Phang et al., arXiv:1811.01088. The first unit learns no crystal of the `tasks`
+    that follow; what it learns is written to `token_dir`/intermediate.
+
+    Args:
+        settings: "tasks" to learn first; all else is what differs from `config` there.
+        tasks: the tasks that follow; those learnt first are left out.
+    """
+    first = settings["tasks"]
+    then = [task for task in tasks if task not in first]
+    dataset.join({task: token_dir / task for task in first}, token_dir / "intermediate", [token_dir / task for task in then])
+    special = {name: value for name, value in settings.items() if name != "tasks"}
+    stage = dataclasses.replace(_with_settings(config, special, "the intermediate tasks"), fold=None, seed=seeds[0])
+    unit = {"kind": "finetune", "config": io.plain(stage), "data_dir": str(token_dir / "intermediate"),
+            "out_dir": str(out_dir / "intermediate" / "CLOUD" / f"seed{seeds[0]}")}
+    following = dataclasses.replace(config, init=f"{unit['out_dir']}/model")
+    return unit, finetune_units(then, token_dir, {INTERMEDIATE: following}, folds, seeds, out_dir, settings_by_task)
+
+
+def finetune_after(settings: dict[str, Any], *args: Any, n_workers: int, only_finished: bool = False,
+                   **kwargs: Any) -> pd.DataFrame:
+    """Train `intermediate_units` (same arguments); predictions as `finetune`; no settings: no rows."""
+    if not settings:
+        return read_predictions([])
+    first, then = intermediate_units(settings, *args, **kwargs)
+    if not only_finished:
+        units.run_units([first], 1)
+    return train_and_read(then, n_workers, only_finished)
+
+
 def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The long table of what finished units of `finetune_units` predicted."""
     return pd.concat([pd.DataFrame(columns=PREDICTION_COLUMNS), *map(_read, done)], ignore_index=True)
@@ -294,6 +335,19 @@ def read_predictions(done: Iterable[dict[str, Any]]) -> pd.DataFrame:
 def _read(unit: dict[str, Any]) -> pd.DataFrame:
     folder = Path(unit["out_dir"])
     return pd.read_csv(folder / "predictions.csv").assign(model=folder.parent.name)[PREDICTION_COLUMNS]
+
+
+def ensemble(table: pd.DataFrame, models: Sequence[str] = ("CLOUD", INTERMEDIATE)) -> pd.DataFrame:
+    """Test rows predicted by the mean over all `models` and their seeds: model "CLOUD (ensemble)".
+
+    Only tasks with at least two members, and only rows that all members of the task predict.
+    """
+    rows = table[(table["split"] == "test") & table["model"].isin(models)]
+    size = rows.drop_duplicates(["task", "model", "seed"]).groupby("task").size()
+    keys = [name for name in PREDICTION_COLUMNS if name not in ("model", "seed", "prediction")]
+    means = rows.groupby(keys, sort=False)["prediction"].agg(["mean", "size"]).reset_index()
+    means = means[(means["size"] == means["task"].map(size)) & (means["size"] > 1)]
+    return means.rename(columns={"mean": "prediction"}).assign(model=ENSEMBLE, seed=0)[PREDICTION_COLUMNS]
 
 
 def with_profiles(table: pd.DataFrame, profiles: Iterable[str]) -> pd.DataFrame:
@@ -440,9 +494,9 @@ def pretraining_note(curated: dict[str, Any]) -> str:
 
 def summary(table: pd.DataFrame, metric: str, notebook: str) -> pd.DataFrame:
     """Lines of the README's table from a `benchmark_table`."""
-    paper = "paper (all rows)"
-    lines = pd.DataFrame({"result": table["task"] + f" {metric} (" + table["unit"] + ")", "paper": table[paper],
-                          "ours": table["ours"], "ours_std": table["ours_std"], "rows": table["rows"],
-                          "rows_official": table["rows_official"], "notebook": notebook,
-                          "make": notebook.partition("_")[2]})
-    return lines.assign(paper_std=table[f"{paper}_std"]) if f"{paper}_std" in table else lines
+    columns = {"paper": "paper (all rows)", "ours": "ours"} | ({"ours, ensemble": ENSEMBLE} if ENSEMBLE in table else {})
+    values = {f"{name}{end}": table[f"{column}{end}"] for name, column in columns.items() for end in ("", "_std")
+              if f"{column}{end}" in table}
+    return pd.DataFrame({"result": table["task"] + f" {metric} (" + table["unit"] + ")"} | values
+                        | {"rows": table["rows"], "rows_official": table["rows_official"], "notebook": notebook,
+                           "make": notebook.partition("_")[2]})

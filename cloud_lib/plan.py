@@ -101,20 +101,25 @@ def _pair(profile: str, p: dict[str, Any]) -> dict[str, FinetuneConfig]:
 
 
 def _matbench(profile: str) -> list[Job]:
-    p, found = parameters("03_matbench", profile), []
-    for task, rows in sorted(_benchmarks(profile, "MatBench", p), key=lambda item: item[1]):
-        todo = experiments.finetune_units([task], io.processed_dir(profile) / "tokens", _pair(profile, p), p["folds"],
-                                          p["seeds"], io.checkpoints_dir(profile) / "matbench", p["settings_by_task"])
-        for unit in todo:
+    p, pair, found = parameters("03_matbench", profile), _pair(profile, parameters("03_matbench", profile)), []
+    rows = dict(sorted(_benchmarks(profile, "MatBench", p), key=lambda item: item[1]))
+    compared = [task for task, n in rows.items() if not n > (p["max_rows_compared"] or n)]
+    where = (io.processed_dir(profile) / "tokens",)
+    how = (p["folds"], p["seeds"], io.checkpoints_dir(profile) / "matbench")
+    for task, n in rows.items():
+        configs = pair if task in compared else {"CLOUD": pair["CLOUD"]}
+        for unit in experiments.finetune_units([task], *where, configs, *how, p["settings_by_task"]):
             scratch, first = unit["config"]["init"] == "scratch", unit["config"]["fold"] == p["folds"][0]
             small = 3 if scratch else 1
             large = 7 if scratch else 2 if first else 6
-            found.append(Job(unit, 1, small if rows <= LARGE else large))
-    tasks = [task for task, _ in _benchmarks(profile, "MatBench", p)]
+            found.append(Job(unit, 1, small if n <= LARGE else large))
+    if p["intermediate"]:
+        unit, then = experiments.intermediate_units(p["intermediate"], compared, *where, pair["CLOUD"], *how,
+                                                    p["settings_by_task"])
+        found += [Job(unit, 1, 2), *(Job(following, 2, 3) for following in then)]
     if p["joint"]:
-        config = dataclasses.replace(_pair(profile, p)["CLOUD"], **p["joint"])
-        found += [Job(unit, 1, 3) for unit in experiments.joint_units(
-            tasks, io.processed_dir(profile) / "tokens", config, p["folds"], p["seeds"], io.checkpoints_dir(profile) / "matbench")]
+        config = dataclasses.replace(pair["CLOUD"], **p["joint"])
+        found += [Job(unit, 1, 3) for unit in experiments.joint_units(compared, *where, config, *how)]
     return found
 
 
