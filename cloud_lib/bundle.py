@@ -13,7 +13,7 @@ Models with the same encoder (a frozen one) share its file: the first has it, th
 import csv
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,10 +107,11 @@ class Bundle:
         return self.folder / name
 
     def held_out(self, names: Sequence[str] | None = None) -> "pd.DataFrame":
-        """Test predictions of the models: HELD_OUT_COLUMNS, in the properties' units.
+        """What the models predict for crystals of their test folds: HELD_OUT_COLUMNS, in the properties' units.
 
         Raises:
-            ValueError: a name is unknown.
+            FileNotFoundError: a model has no predictions beside it.
+            ValueError: a name is unknown, or there are no held-out rows.
         """
         import pandas as pd
 
@@ -118,10 +119,8 @@ class Bundle:
         if (self.folder / HELD_OUT).is_file():
             found = pd.read_parquet(self.folder / HELD_OUT)
         else:
-            files = dict.fromkeys((self.folder / m.head).parent / "predictions.csv" for p in chosen for m in p.members)
-            found = pd.concat([pd.read_csv(file)[HELD_OUT_COLUMNS] for file in files], ignore_index=True)
-        of_chosen = found["task"].isin([p.name for p in chosen]) & (found["split"] == "test")
-        return found[of_chosen].reset_index(drop=True)
+            found = _held_out(dict.fromkeys(self.folder / member.head for p in chosen for member in p.members))
+        return found[found["task"].isin([p.name for p in chosen])].reset_index(drop=True)
 
     def _weights(self, name: str) -> list[str]:
         return [file for file in self.sha256 if file.rsplit("/", 1)[0] == name]
@@ -247,7 +246,8 @@ def _recipe(model_dir: Path, facts: dict[str, Any]) -> Recipe:
 
 def _from_units(name: str, folders: list[Path], facts: dict[str, str], table: Path, runs: Path) -> Property:
     metas = [io.read_json(folder / "cloud.json") for folder in folders]
-    errors = np.concatenate([_held_out(folder.parent / "predictions.csv", name) for folder in folders])
+    rows = _held_out(folders).query("task == @name")
+    errors = (rows["prediction"] - rows["target"]).abs().to_numpy()
     std = np.mean([np.atleast_1d(meta["target_std"])[meta["tasks"].index(name)] for meta in metas])
     names = [folder.relative_to(runs).as_posix() for folder in folders]
     return Property(name, facts.get("unit", ""), facts.get("property", name), _recipe(folders[0], facts),
@@ -255,21 +255,26 @@ def _from_units(name: str, folders: list[Path], facts: dict[str, str], table: Pa
                     float(errors.mean()), float(np.percentile(errors, ONE_SIGMA)), len(errors), *_seen(table))
 
 
-def _held_out(predictions: Path, task: str) -> np.ndarray:
-    """Absolute errors of a task's test rows; of its validation rows where a model has no test rows.
+def _held_out(models: Iterable[Path]) -> "pd.DataFrame":
+    """Test rows beside the models, validation rows of tasks that a model was not tested on: HELD_OUT_COLUMNS.
 
     Raises:
         FileNotFoundError: no predictions.
         ValueError: none of held-out rows.
     """
-    if not predictions.is_file():
-        raise FileNotFoundError(f"expected held-out predictions in {predictions}, found none; run make matbench")
-    with open(predictions, newline="", encoding="utf-8") as handle:
-        rows = [row for row in csv.DictReader(handle) if row["task"] == task]
-    for split in ("test", "val"):
-        if kept := [abs(float(r["prediction"]) - float(r["target"])) for r in rows if r["split"] == split]:
-            return np.array(kept)
-    raise ValueError(f"expected held-out rows in {predictions}, found none; delete the run and run make matbench")
+    import pandas as pd
+
+    found = []
+    for file in (model.parent / "predictions.csv" for model in models):
+        if not file.is_file():
+            raise FileNotFoundError(f"expected held-out predictions in {file}, found none; run make matbench")
+        table = pd.read_csv(file)
+        is_test = table["split"] == "test"
+        rows = table.loc[is_test | ~table["task"].isin(table["task"][is_test]) & (table["split"] == "val"), HELD_OUT_COLUMNS]
+        if rows.empty:
+            raise ValueError(f"expected held-out rows in {file}, found none; delete the run and run make matbench")
+        found.append(rows)
+    return pd.concat(found, ignore_index=True)
 
 
 def _seen(table: Path) -> tuple[frozenset[str] | None, frozenset[int] | None]:
@@ -304,7 +309,8 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
             for file in folder.glob("encoder/tokenizer*.json"):
                 shutil.copyfile(file, folder / file.name)
         copied: dict[str, Member] = {}
-        kept = {p.name: [_copy(source, p, i, folder, copied) for i in range(len(p.members))] for p in chosen}
+        encoders = {io.sha256(file): "encoder" for file in folder.glob("encoder/model.safetensors")}
+        kept = {p.name: [_copy(source, p, i, folder, copied, encoders) for i in range(len(p.members))] for p in chosen}
         weights = {file.relative_to(folder).as_posix(): io.sha256(file)
                    for file in sorted(folder.rglob("*.safetensors"))}
         made = {p.name: io.plain(vars(p)) | {"recipe": p.recipe._asdict(), "members": kept[p.name]}
@@ -320,8 +326,12 @@ def write(source: Bundle, out_dir: str | os.PathLike, properties: Sequence[str] 
     return open_bundle(out_dir)
 
 
-def _copy(source: Bundle, prop: Property, number: int, folder: Path, copied: dict[str, Member]) -> Member:
-    """Copy one model of a property's ensemble, once (`copied`: by its folder in the bundle), and equal encoders once."""
+def _copy(source: Bundle, prop: Property, number: int, folder: Path, copied: dict[str, Member],
+          encoders: dict[str, str]) -> Member:
+    """Copy one model of a property's ensemble, once, and equal encoders once.
+
+    `copied`, `encoders`: what is there, by its folder in the bundle and by its checksum; added to.
+    """
     from cloud_lib.predict import model_meta, save_bfloat16
 
     member = prop.members[number]
@@ -333,9 +343,7 @@ def _copy(source: Bundle, prop: Property, number: int, folder: Path, copied: dic
         if member.encoder != member.head:
             for file in ("head.safetensors", "cloud.json"):
                 shutil.copyfile(path / file, folder / name / file)
-        known = {io.sha256(file): file.parent.relative_to(folder).as_posix() for file in folder.rglob("model.safetensors")
-                 if file.parent != folder / name}
-        first = known.get(io.sha256(folder / name / "model.safetensors"), name)
+        first = encoders.setdefault(io.sha256(folder / name / "model.safetensors"), name)
         if first != name:
             (folder / name / "model.safetensors").unlink()
             (folder / name / "config.json").unlink()

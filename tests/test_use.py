@@ -352,9 +352,10 @@ def test_runs_without_held_out_predictions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CLOUD_ROOT", str(tmp_path))
     runs = write_runs(tmp_path, folds=(0,))
     file = runs / "matbench/dielectric/CLOUD/fold0-seed0/predictions.csv"
-    file.write_text("task,split,target,prediction\ndielectric,val,1,2\nlog_gvrh,test,1,9\n")
+    header = "task,fold,split,material_id,target,prediction\n"
+    file.write_text(f"{header}dielectric,0,val,a,1,2\nlog_gvrh,0,test,b,1,9\n")
     assert bundle.find(runs).properties["dielectric"].mae_test == 1
-    file.write_text("task,split,target,prediction\n")
+    file.write_text(header)
     with pytest.raises(ValueError, match="expected held-out rows"):
         bundle.find(runs)
     file.unlink()
