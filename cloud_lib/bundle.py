@@ -185,10 +185,11 @@ def _property(name: str, value: dict[str, Any]) -> Property:
                                              "members": tuple(Member(*pair) for pair in value["members"])}))
 
 
-def from_runs(runs: Path) -> Bundle:
+def from_runs(runs: Path, members: int | None = None) -> Bundle:
     """The fine-tuned models and the encoder below checkpoints/<profile>, as a bundle without copying.
 
-    A property of a jointly fine-tuned model is predicted by those models, not by its own.
+    A property of a jointly fine-tuned model is predicted by those models, not by its own. `members`: of each property
+    the first so many models, in the order of fold and seed; None = all.
 
     Units and tolerances come from results/<profile>/benchmarks.csv, elements and space groups from
     data/processed/<profile>/tasks.
@@ -208,7 +209,7 @@ def from_runs(runs: Path) -> Bundle:
                                 "make matbench, or name another folder")
     facts = _benchmarks(io.results_dir() / runs.name / "benchmarks.csv")
     tasks = io.processed_dir(runs.name) / "tasks"
-    properties = {name: _from_units(name, found, facts.get(name, {}), tasks / f"{name}.parquet", runs)
+    properties = {name: _from_units(name, found[:members], facts.get(name, {}), tasks / f"{name}.parquet", runs)
                   for name, found in folders.items()}
     encoder = "encoder" if (runs / "encoder" / "config.json").is_file() else None
     curation = io.results_dir() / runs.name / "curation.json"

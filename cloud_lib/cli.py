@@ -194,7 +194,8 @@ def _cmd_bundle(args: argparse.Namespace) -> None:
     from cloud_lib import bundle
     from cloud_lib.model_card import listing
 
-    made = bundle.write(bundle.find(args.models), args.out, args.property, args.note)
+    source = bundle.from_runs(args.models, args.members) if args.members and args.models else bundle.find(args.models)
+    made = bundle.write(source, args.out, args.property, args.note)
     size = sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file())
     print(listing(made.choose()))
     print(f"{size / 1e6:.1f} MB in {made.folder}")
@@ -357,6 +358,8 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     bundle.add_argument("--models", type=Path, metavar="DIR", help="checkpoints/<profile>, or another bundle")
     bundle.add_argument("--out", type=Path, required=True, metavar="DIR")
     bundle.add_argument("--property", nargs="+", metavar="NAME", help="default: all")
+    bundle.add_argument("--members", type=int, metavar="N",
+                        help="of each property the first N models below --models (default: all)")
     bundle.add_argument("--note", help="a sentence for the model card: on what the models were trained")
     bundle.set_defaults(run=_cmd_bundle)
 

@@ -271,26 +271,38 @@ def train_and_read(todo: Sequence[dict[str, Any]], n_workers: int, only_finished
     return read_predictions(units.finished(todo))
 
 
-def joint_units(tasks: Sequence[str], token_dir: Path, config: Any, folds: Sequence[int], seeds: Sequence[int],
-                out_dir: Path) -> list[dict[str, Any]]:
+def joint_units(settings: dict[str, Any], tasks: Sequence[str], token_dir: Path, config: Any, folds: Sequence[int],
+                seeds: Sequence[int], out_dir: Path, learnt: Sequence[str] = ()) -> list[dict[str, Any]]:
     """One unit for every fold and seed that learns all tasks together, from their rows joined in `token_dir`/joint.
 
-    No such model sees a crystal that it is tested on, not even its label of another task. Arguments and errors as
-    `finetune_units`.
+    No such model sees a crystal that it is tested on, not even its label of another task.
+
+    Args:
+        settings: what differs from `config`; "after_intermediate": True starts from the encoder of `intermediate_units`.
+        learnt: the tasks which that encoder has learnt.
+    Raises:
+        ValueError: as `finetune_units`; also if it has learnt crystals that would be tested.
     """
+    special = {name: value for name, value in settings.items() if name != "after_intermediate"}
+    config = _with_settings(config, special, "joint")
+    if settings.get("after_intermediate"):
+        if not learnt or set(learnt) & set(tasks):
+            raise ValueError(f"expected intermediate tasks outside the joint tasks {[*tasks]} for after_intermediate, found "
+                             f"{[*learnt]}, whose test crystals it has learnt; lower max_rows_compared, or leave it out")
+        config = dataclasses.replace(config, init=str(_intermediate_dir(out_dir, seeds) / "model"))
     dataset.join({task: token_dir / task for task in tasks}, token_dir / "joint")
     return finetune_units(["joint"], token_dir, {"CLOUD": config}, folds, seeds, out_dir)
 
 
-def finetune_jointly(tasks: Sequence[str], token_dir: Path, config: Any, settings: dict[str, Any], folds: Sequence[int],
-                     seeds: Sequence[int], out_dir: Path, n_workers: int, only_finished: bool = False) -> pd.DataFrame:
-    """Train `joint_units`; predictions as `finetune`, of the model "CLOUD (joint)".
-
-    Args:
-        settings: what differs from `config`; empty: no joint fine-tuning, no rows.
-    """
-    todo = joint_units(tasks, token_dir, _with_settings(config, settings, "joint"), folds, seeds, out_dir) if settings else []
+def finetune_jointly(settings: dict[str, Any], *args: Any, n_workers: int, only_finished: bool = False,
+                     **kwargs: Any) -> pd.DataFrame:
+    """Train `joint_units` (same arguments); predictions as `finetune`, of "CLOUD (joint)"; no settings: no rows."""
+    todo = joint_units(settings, *args, **kwargs) if settings else []
     return train_and_read(todo, n_workers, only_finished).assign(model="CLOUD (joint)")
+
+
+def _intermediate_dir(out_dir: Path, seeds: Sequence[int]) -> Path:
+    return out_dir / "intermediate" / "CLOUD" / f"seed{seeds[0]}"
 
 
 def intermediate_units(settings: dict[str, Any], tasks: Sequence[str], token_dir: Path, config: Any, folds: Sequence[int],
@@ -311,7 +323,7 @@ def intermediate_units(settings: dict[str, Any], tasks: Sequence[str], token_dir
     special = {name: value for name, value in settings.items() if name != "tasks"}
     stage = dataclasses.replace(_with_settings(config, special, "the intermediate tasks"), fold=None, seed=seeds[0])
     unit = {"kind": "finetune", "config": io.plain(stage), "data_dir": str(token_dir / "intermediate"),
-            "out_dir": str(out_dir / "intermediate" / "CLOUD" / f"seed{seeds[0]}")}
+            "out_dir": str(_intermediate_dir(out_dir, seeds))}
     following = dataclasses.replace(config, init=f"{unit['out_dir']}/model")
     return unit, finetune_units(then, token_dir, {INTERMEDIATE: following}, folds, seeds, out_dir, settings_by_task)
 

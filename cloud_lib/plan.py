@@ -118,8 +118,9 @@ def _matbench(profile: str) -> list[Job]:
                                                     p["settings_by_task"])
         found += [Job(unit, 1, 2), *(Job(following, 2, 3) for following in then)]
     if p["joint"]:
-        config = dataclasses.replace(pair["CLOUD"], **p["joint"])
-        found += [Job(unit, 1, 3) for unit in experiments.joint_units(compared, *where, config, *how)]
+        wave, learnt = 1 + bool(p["joint"].get("after_intermediate")), p["intermediate"].get("tasks", ())
+        found += [Job(unit, wave, 3) for unit in experiments.joint_units(p["joint"], compared, *where, pair["CLOUD"], *how,
+                                                                         learnt)]
     return found
 
 
