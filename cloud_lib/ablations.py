@@ -6,14 +6,15 @@ none of them. The strings without a part are also baselines of Table 1: `composi
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cloud_lib import curation, experiments, io, units
+from cloud_lib import curation, io, units
+from cloud_lib.experiments import CrossValidation, finetune_units, train_and_read
 from cloud_lib.representation import MAX_POSITIONS
 from cloud_lib.tokenizer import Tokenizer
 
@@ -80,7 +81,7 @@ def pretraining_units(chosen: Iterable[Variant], config: Any, data_dir: Path, ou
 
 def finetuning_units(chosen: Iterable[Variant], config: Any, tasks: Sequence[str], folds: Sequence[int],
                      seeds: Sequence[int], data_dir: Path, out_dir: Path,
-                     settings_by_task: dict[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+                     settings_by_task: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """One unit per variant, task, fold and seed, from the encoders of `pretraining_units`.
 
     Args:
@@ -91,15 +92,14 @@ def finetuning_units(chosen: Iterable[Variant], config: Any, tasks: Sequence[str
     found = []
     for variant in chosen:
         init = str(out_dir / "pretraining" / variant.name / "model")
-        found += experiments.finetune_units(tasks, token_dir(data_dir, variant.style),
-                                            {variant.name: dataclasses.replace(config, init=init, encoder=None)}, folds,
-                                            seeds, out_dir, settings_by_task)
+        cv = CrossValidation(token_dir(data_dir, variant.style), out_dir, folds, seeds, settings_by_task or {})
+        found += finetune_units(tasks, {variant.name: dataclasses.replace(config, init=init, encoder=None)}, cv)
     return found
 
 
 def run(chosen: Sequence[Variant], pretraining: Any, finetuning: Any, tasks: Sequence[str], folds: Sequence[int],
         seeds: Sequence[int], data_dir: Path, out_dir: Path, n_workers: int,
-        settings_by_task: dict[str, dict[str, Any]] | None = None, only_finished: bool = False) -> pd.DataFrame:
+        settings_by_task: Mapping[str, dict[str, Any]] | None = None, only_finished: bool = False) -> pd.DataFrame:
     """Pre-train and fine-tune every variant on strings that `pack` wrote; the long table of predictions.
 
     Arguments as `pretraining_units` and `finetuning_units`. Finished units are not repeated;
@@ -108,12 +108,12 @@ def run(chosen: Sequence[Variant], pretraining: Any, finetuning: Any, tasks: Seq
     todo = finetuning_units(chosen, finetuning, tasks, folds, seeds, data_dir, out_dir, settings_by_task)
     if not only_finished:
         units.run_units(pretraining_units(chosen, pretraining, data_dir, out_dir), n_workers)
-    return experiments.train_and_read(todo, n_workers, only_finished)
+    return train_and_read(todo, n_workers, only_finished)
 
 
 def baselines(styles: Sequence[str], pretraining: Any, finetuning: Any, tasks: Sequence[str], folds: Sequence[int],
               seeds: Sequence[int], data_dir: Path, out_dir: Path, n_workers: int,
-              settings_by_task: dict[str, dict[str, Any]] | None = None, only_finished: bool = False) -> pd.DataFrame:
+              settings_by_task: Mapping[str, dict[str, Any]] | None = None, only_finished: bool = False) -> pd.DataFrame:
     """`run` for Table 1, which packs the strings first: models "BERT on composition", ...; no styles, no rows."""
     chosen = variants(styles)
     pack(chosen, tasks, data_dir)
@@ -126,7 +126,7 @@ def table(scores: pd.DataFrame, chosen: Sequence[Variant], reference: str = "can
     """Table S12: a line per variant; per task MAE, its deviation over folds, and the change to `reference` in per cent.
 
     Args:
-        scores: `experiments.scores` of the predictions of `run`.
+        scores: `scoring.scores` of the predictions of `run`.
     """
     lines = pd.DataFrame([{"strings": variant.style, "space group": SAYS[variant.style][0],
                            "Wyckoff part": SAYS[variant.style][1], "mask rate": variant.mask_prob}

@@ -16,7 +16,7 @@ from pymatgen.symmetry.groups import sg_symbol_from_int_number
 from pymatviz.utils import df_ptable
 
 from cloud_lib import io
-from cloud_lib.experiments import example_strings, example_structures
+from cloud_lib.preparation import example_strings, example_structures
 
 SCRIPT = "plotly.min.js"
 FIT = 'addEventListener("load", () => dispatchEvent(new Event("resize")))'  # drawn before the page has its columns

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cloud_lib import ablations, discovery, experiments, grid, io, notebook, scaling_tables
+from cloud_lib import ablations, discovery, grid, io, notebook, preparation, scaling_tables
 from cloud_lib.dataset import PackedTokens
+from cloud_lib.experiments import CrossValidation, finetune_units, intermediate_units, joint_units
 from cloud_lib.model import EncoderConfig, with_vocab
 from cloud_lib.representation import MAX_POSITIONS
 from cloud_lib.train import FinetuneConfig, PretrainConfig
@@ -101,32 +102,33 @@ def _pair(profile: str, p: dict[str, Any]) -> dict[str, FinetuneConfig]:
 
 
 def _matbench(profile: str) -> list[Job]:
-    p, pair, found = parameters("03_matbench", profile), _pair(profile, parameters("03_matbench", profile)), []
+    p, found = parameters("03_matbench", profile), []
+    pair, cv = _pair(profile, p), _cross_validation(profile, "matbench", p)
     rows = dict(sorted(_benchmarks(profile, "MatBench", p), key=lambda item: item[1]))
-    compared = [task for task, n in rows.items() if not n > (p["max_rows_compared"] or n)]
-    where = (io.processed_dir(profile) / "tokens",)
-    how = (p["folds"], p["seeds"], io.checkpoints_dir(profile) / "matbench")
+    compared = [task for task, n in rows.items() if n <= (p["max_rows_compared"] or n)]
     for task, n in rows.items():
-        configs = pair if task in compared else {"CLOUD": pair["CLOUD"]}
-        for unit in experiments.finetune_units([task], *where, configs, *how, p["settings_by_task"]):
+        for unit in finetune_units([task], pair if task in compared else {"CLOUD": pair["CLOUD"]}, cv):
             scratch, first = unit["config"]["init"] == "scratch", unit["config"]["fold"] == p["folds"][0]
             small = 3 if scratch else 1
             large = 7 if scratch else 2 if first else 6
             found.append(Job(unit, 1, small if n <= LARGE else large))
     if p["intermediate"]:
-        unit, then = experiments.intermediate_units(p["intermediate"], compared, *where, pair["CLOUD"], *how,
-                                                    p["settings_by_task"])
-        found += [Job(unit, 1, 2), *(Job(following, 2, 3) for following in then)]
+        first, then = intermediate_units(p["intermediate"], compared, pair["CLOUD"], cv)
+        found += [Job(first, 1, 2), *(Job(unit, 2, 3) for unit in then)]
     if p["joint"]:
         wave, learnt = 1 + bool(p["joint"].get("after_intermediate")), p["intermediate"].get("tasks", ())
-        found += [Job(unit, wave, 3) for unit in experiments.joint_units(p["joint"], compared, *where, pair["CLOUD"], *how,
-                                                                         learnt)]
+        found += [Job(unit, wave, 3) for unit in joint_units(p["joint"], compared, pair["CLOUD"], cv, learnt)]
     return found
+
+
+def _cross_validation(profile: str, part: str, p: dict[str, Any], folds: Sequence[int] | None = None) -> CrossValidation:
+    return CrossValidation(io.processed_dir(profile) / "tokens", io.checkpoints_dir(profile) / part,
+                           p["folds"] if folds is None else folds, p["seeds"], p.get("settings_by_task", {}))
 
 
 def _benchmarks(profile: str, benchmark: str, p: dict[str, Any]) -> list[tuple[str, int]]:
     file = io.results_dir() / profile / "benchmarks.csv"
-    table = experiments.read_benchmarks(file, benchmark, p["tasks"], p["max_rows"]).query("chosen")
+    table = preparation.read_benchmarks(file, benchmark, p["tasks"], p["max_rows"]).query("chosen")
     return list(zip(table["task"], table["rows"].astype(int)))
 
 
@@ -137,9 +139,8 @@ def _discovery(profile: str) -> list[Job]:
     config = FinetuneConfig(str(io.checkpoints_dir(profile) / "encoder"), epochs=p["epochs"], batch_size=p["batch_size"],
                             lr=p["learning_rate"], warmup_ratio=p["warmup_ratio"], frozen_epochs=p["frozen_epochs"],
                             n_hidden=p["head_layers"], val_fraction=p["val_fraction"])
-    found = experiments.finetune_units(["discovery"], data / "tokens", {"CLOUD": config}, [0], p["seeds"],
-                                       io.checkpoints_dir(profile) / "discovery")
-    return [Job(unit, 1, 4) for unit in found]
+    cv = _cross_validation(profile, "discovery", p, [0])
+    return [Job(unit, 1, 4) for unit in finetune_units(["discovery"], {"CLOUD": config}, cv)]
 
 
 def _prepare_discovery(data: Path, style: str, p: dict[str, Any]) -> None:
@@ -154,9 +155,8 @@ def _prepare_discovery(data: Path, style: str, p: dict[str, Any]) -> None:
 def _unconvbench(profile: str) -> list[Job]:
     p = parameters("05_unconvbench", profile)
     tasks = [task for task, _ in _benchmarks(profile, "UnconvBench", p)]
-    found = experiments.finetune_units(tasks, io.processed_dir(profile) / "tokens", _pair(profile, p), p["folds"],
-                                       p["seeds"], io.checkpoints_dir(profile) / "unconvbench")
-    return [Job(unit, 1, 5) for unit in found]
+    cv = _cross_validation(profile, "unconvbench", p)
+    return [Job(unit, 1, 5) for unit in finetune_units(tasks, _pair(profile, p), cv)]
 
 
 def _baselines(profile: str) -> list[Job]:
@@ -179,9 +179,8 @@ def _scaling(profile: str) -> list[Job]:
     todo = grid.scaling_grid(p["layers"], p["heads"], p["n_examples"], p["seeds"], data / "tokens" / "corpus",
                              runs / "scaling", config)
     base = FinetuneConfig(encoder=encoder, epochs=p["finetune_epochs"], batch_size=32, lr=5e-4, warmup_ratio=0.1)
-    tuned = experiments.finetune_units([p["finetune_task"]], data / "tokens",
-                                       grid.finetune_configs(scaling_tables.edges(todo), base), p["folds"], p["seeds"][:1],
-                                       runs / "scaling_finetuned")
+    cv = CrossValidation(data / "tokens", runs / "scaling_finetuned", p["folds"], p["seeds"][:1])
+    tuned = finetune_units([p["finetune_task"]], grid.finetune_configs(scaling_tables.edges(todo), base), cv)
     return [*(Job(unit, 1, 9) for unit in todo), *(Job(unit, 2, 9) for unit in tuned)]
 
 

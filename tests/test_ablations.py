@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cloud_lib import ablations, curation, experiments, forest, io, sources
+from cloud_lib import ablations, curation, experiments, forest, scoring, sources
 from cloud_lib.ablations import Variant
 from cloud_lib.dataset import PackedTokens
 from cloud_lib.model import EncoderConfig
@@ -39,7 +39,7 @@ def test_variants_are_trained_alike_and_compared(data):
     found = ablations.run(chosen, pretraining, finetuning, ["jdft2d"], [0, 1], [0], data, data / "runs", 1)
     tested = found[found["split"] == "test"].groupby("model")["row"].agg(frozenset)
     assert tested.nunique() == 1  # the same rows
-    table = ablations.table(experiments.scores(found), chosen)
+    table = ablations.table(scoring.scores(found), chosen)
     assert table["mask rate"].tolist() == [0.15, 0.15, 0.3] and table["jdft2d change (%)"][0] == 0
     assert table["space group"].tolist() == ["generators", "-", "generators"] and table["jdft2d"].notna().all()
     again = ablations.baselines(["composition"], pretraining, finetuning, ["jdft2d"], [0], [0], data, data / "runs", 1,

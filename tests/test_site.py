@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nbformat import v4
 
 from benchmarks import browser
-from cloud_lib import cli, experiments, explore, report, site
+from cloud_lib import cli, explore, preparation, report, site
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = ["index", "tables", "figures", "explore", "notebooks/01_data_curation", "code/cloud_lib.io"]
@@ -69,7 +69,7 @@ def html(tmp_path_factory):
         patch.setenv("CLOUD_ROOT", str(root))
         _write_profile(root)
         patch.setattr(site, "PACKAGE", _package(root, "__init__.py", "io.py", "report.py"))
-        patch.setattr(experiments, "EXAMPLES", dict([*experiments.EXAMPLES.items()][:1]))  # a browser without a GPU is slow
+        patch.setattr(experiments, "EXAMPLES", dict([*preparation.EXAMPLES.items()][:1]))  # a browser without a GPU is slow
         assert site.build("tiny") == root / "build" / "report" / "tiny" / "html" / "index.html"
     return root / "build" / "report" / "tiny" / "html"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cloud_lib import curation, experiments, io, notebook, plan, remote, transfer
+from cloud_lib import curation, io, notebook, plan, preparation, remote, transfer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARAMETERS = {  # of a profile that trains in seconds
@@ -38,11 +38,11 @@ def root(miniature, tmp_path_factory):
             (folder / "params" / "tiny" / f"{name}.yaml").write_text(yaml.safe_dump(given))
         data, results = io.processed_dir("tiny"), io.results_dir() / "tiny"
         curation.curate(curation.corpus_items(), data, n_workers=1)
-        benchmarks = experiments.prepare_benchmarks(["jdft2d", "supercon"], data / "tasks", 0.01, {}, 1)
+        benchmarks = preparation.prepare_benchmarks(["jdft2d", "supercon"], data / "tasks", 0.01, {}, 1)
         results.mkdir(parents=True)
         benchmarks.to_csv(results / "benchmarks.csv", index=False)
         tables = {task: data / "tasks" / f"{task}.parquet" for task in ("jdft2d", "supercon")}
-        packed = experiments.pack(tables, "site", data, False)
+        packed = preparation.pack(tables, "site", data, False)
         io.write_json(results / "curation.json", {"style": "site", "symprec": 0.01, "symprec_by_task": {}, "packed": packed,
                                                   "exclude_test_crystals": False, "synthetic": True})
         yield folder
