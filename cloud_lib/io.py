@@ -212,7 +212,7 @@ def provenance(profile: str, seed: int, config: Any, inputs: Iterable[str | os.P
         "dirty": _dirty(),
         "profile": profile,
         "seed": seed,
-        "config": _below_root(plain(config)),
+        "config": below_root(plain(config)),
         "inputs": {_display(file): sha256(file) for file in _files(inputs)},
         "versions": {"python": platform.python_version()} | versions(),
         "device": device_name(),
@@ -222,9 +222,14 @@ def provenance(profile: str, seed: int, config: Any, inputs: Iterable[str | os.P
     }
 
 
-def _below_root(config: Any) -> Any:
+def below_root(config: Any) -> Any:
     """Paths below root() relative to it, so that equal runs in different folders say the same."""
     return json.loads(json.dumps(config).replace(f"{root()}{os.sep}", ""))
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A training configuration as a notebook shows it: what it learns from and how, not where and how fast it runs."""
+    return {name: value for name, value in below_root(plain(config)).items() if name != "run"}
 
 
 def versions() -> dict[str, str]:

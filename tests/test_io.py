@@ -121,6 +121,7 @@ def test_provenance_names_inputs_without_this_machines_paths(empty_root, tmp_pat
     assert found["profile"] == "demo" and found["config"]["width"] == 768 and 2 <= found["wall_time_s"] < 60
     assert found["versions"]["numpy"] == np.__version__ and found["device"] and found["threads"] >= 1
     assert str(data) not in str(found) and str(empty_root) not in str(found)
+    assert io.settings({"init": str(empty_root / "encoder"), "run": {"device": "cpu"}}) == {"init": "encoder"}
     with pytest.raises(FileNotFoundError, match="expected the input .*absent"):
         io.provenance("demo", 0, {}, [data / "absent"], 0.0)
 
