@@ -21,7 +21,7 @@ def export(profiles: Sequence[str], out: Path, parts: Sequence[str] = PARTS) -> 
     """Write the units of profiles, the most wanted first, with the packed tokens that they need.
 
     `out` gets units.json and data.tar.xz, all that `python -m cloud_lib.remote` reads. Units that have finished here
-    are left out; weights of theirs that others start from go along.
+    are left out; weights of theirs that others start from go along, or are trained again where only the results came back.
 
     Returns:
         The number of units by profile, part and wave.
@@ -31,16 +31,18 @@ def export(profiles: Sequence[str], out: Path, parts: Sequence[str] = PARTS) -> 
     everything = plan.jobs(profiles, parts)
     source = {str(folder): job for job in everything for folder in (job.publish, _model(job)) if folder}
     done = units.finished([job.unit for job in everything])
-    listed = [_relative(job, source) for job in everything if job.unit not in done]
-    if not listed:
+    todo = [job for job in everything if job.unit not in done]
+    if not todo:
         raise ValueError(f"expected units to export, found none left of {len(everything)}; all have finished here")
-    needed = {job["unit"]["config"]["init"] for job in listed if job["starts_from_unit"]}
-    weights = {name for name in needed if source[str(_runs_root() / name)].unit in done}
+    needed = {name for job in todo if (name := job.unit["config"].get("init")) in source and source[name].unit in done}
+    weights = {name for name in needed if Path(name).is_dir()}
+    again = [source[name].unit for name in needed - weights]
+    listed = [_relative(job, source) for job in everything if job in todo or job.unit in again]
     with io.atomic_path(out / "data.tar.xz") as temporary, tarfile.open(temporary, "w:xz", preset=4) as archive:
         for folder in sorted({job["unit"]["data_dir"] for job in listed}):
             archive.add(_data_root() / folder, folder)
         for name in sorted(weights):
-            archive.add(_runs_root() / name, f"{WEIGHTS}/{name}")
+            archive.add(name, f"{WEIGHTS}/{_from_root(name, _runs_root())}")
     io.write_json(out / "units.json", {"profiles": list(profiles), "data_sha256": io.sha256(out / "data.tar.xz"),
                                        "jobs": listed})
     rows = [(*Path(job["unit"]["out_dir"]).parts[:2], job["wave"]) for job in listed]

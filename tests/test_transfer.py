@@ -15,7 +15,8 @@ PARAMETERS = {  # of a profile that trains in seconds
     "01_data_curation": {"style": "site"},
     "02_pretraining": {"n_layers": 1, "n_heads": 1, "epochs": 40, "batch_size": 32, "n_processes": 1},
     "03_matbench": {"tasks": ["jdft2d"], "folds": [0, 1], "epochs": 2, "batch_size": 16, "n_trees": 5,
-                    "settings_by_task": {"jdft2d": {"epochs": 3}}, "baseline_styles": ["composition"]},
+                    "settings_by_task": {"jdft2d": {"epochs": 3}}, "baseline_styles": ["composition"],
+                    "intermediate": {"tasks": ["dielectric"], "epochs": 1}},
     "04_discovery": {"seeds": [0], "epochs": 2, "batch_size": 16, "n_workers": 1},
     "05_unconvbench": {"tasks": ["supercon"], "folds": [0], "epochs": 2, "batch_size": 16},
     "06_scaling_law": {"layers": [1], "heads": [1], "n_examples": [40, 80], "epochs": 1, "batch_size": 16,
@@ -38,10 +39,10 @@ def root(miniature, tmp_path_factory):
             (folder / "params" / "tiny" / f"{name}.yaml").write_text(yaml.safe_dump(given))
         data, results = io.processed_dir("tiny"), io.results_dir() / "tiny"
         curation.curate(curation.corpus_items(), data, n_workers=1)
-        benchmarks = preparation.prepare_benchmarks(["jdft2d", "supercon"], data / "tasks", 0.01, {}, 1)
+        benchmarks = preparation.prepare_benchmarks(["jdft2d", "dielectric", "supercon"], data / "tasks", 0.01, {}, 1)
         results.mkdir(parents=True)
         benchmarks.to_csv(results / "benchmarks.csv", index=False)
-        tables = {task: data / "tasks" / f"{task}.parquet" for task in ("jdft2d", "supercon")}
+        tables = {task: data / "tasks" / f"{task}.parquet" for task in ("jdft2d", "dielectric", "supercon")}
         packed = preparation.pack(tables, "site", data, False)
         io.write_json(results / "curation.json", {"style": "site", "symprec": 0.01, "symprec_by_task": {}, "packed": packed,
                                                   "exclude_test_crystals": False, "synthetic": True})
@@ -103,6 +104,15 @@ def test_the_next_machine_starts_from_weights_that_came_back(root, returned):
     init = Path(jobs[0]["unit"]["config"]["init"])
     assert init.is_relative_to(root / "elsewhere" / "data" / "weights")
     assert io.sha256(init / "model.safetensors") == io.sha256(io.checkpoints_dir("tiny") / "encoder" / "model.safetensors")
+
+
+def test_weights_that_stayed_there_are_trained_again(root, returned):
+    """The encoder after the intermediate tasks is not sent back; who starts from it needs it on the next machine."""
+    transfer.import_results(returned, ["tiny"])
+    shutil.rmtree(io.checkpoints_dir("tiny") / "matbench/jdft2d/CLOUD (intermediate)/fold1-seed0")
+    transfer.export(["tiny"], root / "again", ("pretraining", "matbench"))
+    names = [Path(job["unit"]["out_dir"]).relative_to("tiny").as_posix() for job in io.read_json(root / "again/units.json")["jobs"]]
+    assert names == ["matbench/intermediate/CLOUD/seed0", "matbench/jdft2d/CLOUD (intermediate)/fold1-seed0"]
 
 
 def test_damage_is_named(root, returned, tmp_path):
