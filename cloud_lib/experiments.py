@@ -121,8 +121,8 @@ def intermediate_units(settings: Mapping[str, Any], tasks: Sequence[str], config
     learnt, special = settings["tasks"], {name: value for name, value in settings.items() if name != "tasks"}
     then, data_dir = [task for task in tasks if task not in learnt], cv.token_dir / "intermediate"
     dataset.join({task: cv.token_dir / task for task in learnt}, data_dir, [cv.token_dir / task for task in then])
-    config_first = dataclasses.replace(_with_settings(config, special, "the intermediate tasks"), fold=None, seed=cv.seeds[0])
-    first = _unit(config_first, data_dir, _intermediate_dir(cv))
+    before = dataclasses.replace(_with_settings(config, special, "the intermediate tasks"), fold=None, seed=cv.seeds[0])
+    first = _unit(before, data_dir, _intermediate_dir(cv))
     return first, finetune_units(then, {INTERMEDIATE: _after_intermediate(config, cv)}, cv)
 
 
@@ -243,6 +243,12 @@ def ensemble(table: pd.DataFrame, models: Sequence[str] = ("CLOUD", INTERMEDIATE
     means = rows.groupby(keys, sort=False)["prediction"].agg(["mean", "size"]).reset_index()
     means = means[(means["size"] == means["task"].map(size)) & (means["size"] > 1)]
     return means.rename(columns={"mean": "prediction"}).assign(model=ENSEMBLE, seed=0)[PREDICTION_COLUMNS]
+
+
+def on_folds_of(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of those tasks and folds that `model` has finished, so that all are compared on the same crystals."""
+    finished = table.loc[(table["model"] == model) & (table["split"] == "test"), ["task", "fold"]].drop_duplicates()
+    return table.merge(finished, on=["task", "fold"])
 
 
 def with_profiles(table: pd.DataFrame, profiles: Iterable[str]) -> pd.DataFrame:

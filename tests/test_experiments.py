@@ -79,6 +79,13 @@ def test_other_profiles_stand_beside(monkeypatch, tmp_path):
     assert found["model"].tolist() == ["CLOUD", "dummy", "CLOUD (gpu, canonical)"] and found["mae"].tolist() == [1, 2, 1]
 
 
+def test_all_are_compared_on_the_folds_that_have_finished():
+    rows = [("CLOUD", 0, "test"), ("CLOUD", 1, "val"), ("dummy", 0, "test"), ("dummy", 1, "test"), ("CLOUD", 0, "val")]
+    table = pd.DataFrame(rows, columns=["model", "fold", "split"]).assign(task="jdft2d")
+    found = experiments.on_folds_of(table, "CLOUD")
+    assert found[["model", "fold", "split"]].values.tolist() == [list(rows[i]) for i in (0, 2, 4)]
+
+
 def test_models_without_all_folds_are_not_compared():
     rows = [(model, task, fold) for model, task, folds in
             (("CLOUD", "jdft2d", 3), ("from scratch", "jdft2d", 2), ("dummy", "jdft2d", 3),
