@@ -64,7 +64,8 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
                     main: str) -> pd.DataFrame:
     """Tables 1 and 2: a line per task; the paper's CLOUD, ours, their ratio, and every other model of `models`.
 
-    A model that has not finished all folds of ours on a task is missing there: other rows are no comparison.
+    A model that has not finished all folds of ours on a task is missing there, as other rows are no comparison, and one
+    that has finished no task has no column.
 
     Args:
         found: `scores` of all models, ours and published ones on the same rows.
@@ -82,6 +83,7 @@ def benchmark_table(found: pd.DataFrame, paper: pd.DataFrame, benchmarks: pd.Dat
     lines["ours/MAD"] = lines["ours"] / lines["mad"]
     lines.loc[lines["rows"].isna(), "fold origin"] = None
     same_rows = found.merge(lines[["task", "folds", "rows"]], on=["task", "folds", "rows"])
+    models = [model for model in models if model in set(same_rows["model"])]
     for model in models:
         rows = same_rows[same_rows["model"] == model].set_index("task")
         lines[model], lines[f"{model}_std"] = lines["task"].map(rows["mae"]), lines["task"].map(rows["mae_std"])

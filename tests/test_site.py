@@ -69,7 +69,7 @@ def html(tmp_path_factory):
         patch.setenv("CLOUD_ROOT", str(root))
         _write_profile(root)
         patch.setattr(site, "PACKAGE", _package(root, "__init__.py", "io.py", "report.py"))
-        patch.setattr(experiments, "EXAMPLES", dict([*preparation.EXAMPLES.items()][:1]))  # a browser without a GPU is slow
+        patch.setattr(preparation, "EXAMPLES", dict([*preparation.EXAMPLES.items()][:1]))  # a browser without a GPU is slow
         assert site.build("tiny") == root / "build" / "report" / "tiny" / "html" / "index.html"
     return root / "build" / "report" / "tiny" / "html"
 
