@@ -209,7 +209,9 @@ def from_runs(runs: Path, members: int | None = None) -> Bundle:
                                 "make matbench, or name another folder")
     facts = _benchmarks(io.results_dir() / runs.name / "benchmarks.csv")
     tasks = io.processed_dir(runs.name) / "tasks"
-    properties = {name: _from_units(name, found[:members], facts.get(name, {}), tasks / f"{name}.parquet", runs)
+    folders = {name: found[:members] for name, found in folders.items()}
+    held_out = _held_out(dict.fromkeys(folder for found in folders.values() for folder in found))
+    properties = {name: _from_units(name, found, held_out, facts.get(name, {}), tasks / f"{name}.parquet", runs)
                   for name, found in folders.items()}
     encoder = "encoder" if (runs / "encoder" / "config.json").is_file() else None
     curation = io.results_dir() / runs.name / "curation.json"
@@ -224,7 +226,8 @@ def from_model(model: Path) -> Bundle:
         FileNotFoundError: no held-out predictions beside it.
     """
     tasks = io.read_json(model / "cloud.json")["tasks"]
-    found = {task: _from_units(task, [model], {}, model / "none", model.parent) for task in tasks}
+    held_out = _held_out([model])
+    found = {task: _from_units(task, [model], held_out, {}, model / "none", model.parent) for task in tasks}
     return Bundle(model.parent, found, None, None, {}, f"one model of {', '.join(tasks)}")
 
 
@@ -245,9 +248,10 @@ def _recipe(model_dir: Path, facts: dict[str, Any]) -> Recipe:
     return Recipe(meta["style"], float(facts.get("symprec") or 0.01), generators)
 
 
-def _from_units(name: str, folders: list[Path], facts: dict[str, str], table: Path, runs: Path) -> Property:
+def _from_units(name: str, folders: list[Path], held_out: "pd.DataFrame", facts: dict[str, str], table: Path,
+                runs: Path) -> Property:
     metas = [io.read_json(folder / "cloud.json") for folder in folders]
-    rows = _held_out(folders).query("task == @name")
+    rows = held_out[held_out["task"] == name]
     errors = (rows["prediction"] - rows["target"]).abs().to_numpy()
     std = np.mean([np.atleast_1d(meta["target_std"])[meta["tasks"].index(name)] for meta in metas])
     names = [folder.relative_to(runs).as_posix() for folder in folders]
@@ -266,14 +270,16 @@ def _held_out(models: Iterable[Path]) -> "pd.DataFrame":
     import pandas as pd
 
     found = []
-    for file in (model.parent / "predictions.csv" for model in models):
+    for model in models:
+        file = model.parent / "predictions.csv"
         if not file.is_file():
             raise FileNotFoundError(f"expected held-out predictions in {file}, found none; run make matbench")
         table = pd.read_csv(file)
         is_test = table["split"] == "test"
         rows = table.loc[is_test | ~table["task"].isin(table["task"][is_test]) & (table["split"] == "val"), HELD_OUT_COLUMNS]
-        if rows.empty:
-            raise ValueError(f"expected held-out rows in {file}, found none; delete the run and run make matbench")
+        if lacking := sorted(set(io.read_json(model / "cloud.json")["tasks"]) - set(rows["task"])):
+            raise ValueError(f"expected held-out rows in {file}, found none of {lacking}; delete the run and run make "
+                             "matbench")
         found.append(rows)
     return pd.concat(found, ignore_index=True)
 

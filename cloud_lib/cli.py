@@ -194,7 +194,10 @@ def _cmd_bundle(args: argparse.Namespace) -> None:
     from cloud_lib import bundle
     from cloud_lib.model_card import listing
 
-    source = bundle.from_runs(args.models, args.members) if args.members and args.models else bundle.find(args.models)
+    if args.members is not None and (args.members < 1 or args.models is None):
+        raise ValueError(f"expected --members of at least 1 together with --models checkpoints/<profile>, found "
+                         f"{args.members} and {args.models}; name both")
+    source = bundle.find(args.models) if args.members is None else bundle.from_runs(args.models, args.members)
     made = bundle.write(source, args.out, args.property, args.note)
     size = sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file())
     print(listing(made.choose()))

@@ -70,13 +70,14 @@ def join(tasks: Mapping[str, str | os.PathLike], out_dir: str | os.PathLike,
     Raises:
         ValueError: no tasks, or of different vocabularies or styles, or no row is left.
     """
-    parts = [PackedTokens.open(folder) for folder in (*tasks.values(), *without)]
-    if len({(part.meta["vocab_sha256"], part.meta["style"]) for part in parts}) != 1:
+    parts, others = ([PackedTokens.open(folder) for folder in folders] for folders in (tasks.values(), without))
+    if len({(part.meta["vocab_sha256"], part.meta["style"]) for part in (*parts, *others)}) != 1:
         raise ValueError(f"expected tasks of one vocabulary and style, found {[*tasks]} with "
                          f"{sorted({part.meta['style'] for part in parts})}; pack them alike")
-    hashes = [string_hashes(part, np.arange(len(part))) for part in parts]
-    parts, unwanted = parts[:len(tasks)], np.concatenate([np.empty(0, np.uint64), *hashes[len(tasks):]])
-    kept = [np.flatnonzero(~np.isin(found, unwanted)) for found in hashes[:len(tasks)]]
+    kept = [np.arange(len(part)) for part in parts]
+    if others:
+        unwanted = np.concatenate([string_hashes(other, np.arange(len(other))) for other in others])
+        kept = [rows[~np.isin(string_hashes(part, rows), unwanted)] for part, rows in zip(parts, kept)]
     if not sum(map(len, kept)):
         raise ValueError(f"expected rows of {[*tasks]} that are not in {[*map(str, without)]}, found none; name fewer")
     pieces = [gather(part, rows) for part, rows in zip(parts, kept) if len(rows)]

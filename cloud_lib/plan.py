@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from cloud_lib import ablations, discovery, grid, io, notebook, preparation, scaling_tables
 from cloud_lib.dataset import PackedTokens
 from cloud_lib.experiments import CrossValidation, finetune_units, intermediate_units, joint_units
@@ -104,9 +106,9 @@ def _pair(profile: str, p: dict[str, Any]) -> dict[str, FinetuneConfig]:
 def _matbench(profile: str) -> list[Job]:
     p, found = parameters("03_matbench", profile), []
     pair, cv = _pair(profile, p), _cross_validation(profile, "matbench", p)
-    rows = dict(sorted(_benchmarks(profile, "MatBench", p), key=lambda item: item[1]))
-    compared = [task for task, n in rows.items() if n <= (p["max_rows_compared"] or n)]
-    for task, n in rows.items():
+    table = _benchmarks(profile, "MatBench", p)
+    compared = preparation.chosen_tasks(table, p["max_rows_compared"])
+    for task, n in table[table["chosen"]].sort_values("rows", kind="stable")[["task", "rows"]].itertuples(index=False):
         for unit in finetune_units([task], pair if task in compared else {"CLOUD": pair["CLOUD"]}, cv):
             scratch, first = unit["config"]["init"] == "scratch", unit["config"]["fold"] == p["folds"][0]
             small = 3 if scratch else 1
@@ -126,10 +128,8 @@ def _cross_validation(profile: str, part: str, p: dict[str, Any], folds: Sequenc
                            p["folds"] if folds is None else folds, p["seeds"], p.get("settings_by_task", {}))
 
 
-def _benchmarks(profile: str, benchmark: str, p: dict[str, Any]) -> list[tuple[str, int]]:
-    file = io.results_dir() / profile / "benchmarks.csv"
-    table = preparation.read_benchmarks(file, benchmark, p["tasks"], p["max_rows"]).query("chosen")
-    return list(zip(table["task"], table["rows"].astype(int)))
+def _benchmarks(profile: str, benchmark: str, p: dict[str, Any]) -> pd.DataFrame:
+    return preparation.read_benchmarks(io.results_dir() / profile / "benchmarks.csv", benchmark, p["tasks"], p["max_rows"])
 
 
 def _discovery(profile: str) -> list[Job]:
@@ -154,7 +154,7 @@ def _prepare_discovery(data: Path, style: str, p: dict[str, Any]) -> None:
 
 def _unconvbench(profile: str) -> list[Job]:
     p = parameters("05_unconvbench", profile)
-    tasks = [task for task, _ in _benchmarks(profile, "UnconvBench", p)]
+    tasks = preparation.chosen_tasks(_benchmarks(profile, "UnconvBench", p))
     cv = _cross_validation(profile, "unconvbench", p)
     return [Job(unit, 1, 5) for unit in finetune_units(tasks, _pair(profile, p), cv)]
 
@@ -163,7 +163,7 @@ def _baselines(profile: str) -> list[Job]:
     p, data = parameters("03_matbench", profile), io.processed_dir(profile)
     out_dir = io.checkpoints_dir(profile) / "baselines"
     chosen = ablations.variants(p["baseline_styles"])
-    tasks = [task for task, _ in _benchmarks(profile, "MatBench", p)]
+    tasks = preparation.chosen_tasks(_benchmarks(profile, "MatBench", p))
     ablations.pack(chosen, tasks, data)
     first = ablations.pretraining_units(chosen, _with_vocab(profile), data, out_dir)
     then = ablations.finetuning_units(chosen, _pair(profile, p)["CLOUD"], tasks, p["folds"], p["seeds"], data, out_dir,
@@ -187,7 +187,7 @@ def _scaling(profile: str) -> list[Job]:
 def _ablations(profile: str) -> list[Job]:
     p, data, runs = parameters("07_ablations", profile), io.processed_dir(profile), io.checkpoints_dir(profile)
     chosen = ablations.variants(p["styles"], p["mask_probs"])
-    tasks = [task for task, _ in _benchmarks(profile, "MatBench", p | {"max_rows": 0})]
+    tasks = preparation.chosen_tasks(_benchmarks(profile, "MatBench", p | {"max_rows": 0}))
     ablations.pack(chosen, tasks, data)
     pretraining = PretrainConfig(EncoderConfig(p["n_layers"], p["n_heads"]), epochs=p["pretrain_epochs"],
                                  batch_size=p["pretrain_batch_size"], lr=p["pretrain_learning_rate"], val_fraction=0.05,

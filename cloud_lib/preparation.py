@@ -73,13 +73,16 @@ def read_benchmarks(file: Path, benchmark: str, tasks: Sequence[str], max_rows: 
     if unknown := sorted(set(tasks) - set(table["task"])):
         raise ValueError(f"expected tasks of {table['task'].tolist()}, found {unknown[:3]}; correct the parameter, or "
                          "add them to notebook 01_data_curation")
-    small = ~(table["rows"] > (max_rows or np.inf))
-    return table.assign(chosen=table["available"] & table["task"].isin(tasks) & small)
+    return table.assign(chosen=table["available"] & table["task"].isin(tasks) & _up_to(table, max_rows))
 
 
 def chosen_tasks(benchmarks: pd.DataFrame, max_rows: int | None = None) -> list[str]:
     """The chosen tasks of `read_benchmarks` with at most max_rows rows; None or 0 = no limit."""
-    return benchmarks.loc[benchmarks["chosen"] & ~(benchmarks["rows"] > (max_rows or np.inf)), "task"].tolist()
+    return benchmarks.loc[benchmarks["chosen"] & _up_to(benchmarks, max_rows), "task"].tolist()
+
+
+def _up_to(table: pd.DataFrame, max_rows: int | None) -> pd.Series:
+    return ~(table["rows"] > (max_rows or np.inf))
 
 
 def pack(tables: dict[str, Path], style: str, data_dir: Path, exclude_test_crystals: bool) -> dict[str, Any]:

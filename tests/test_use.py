@@ -378,5 +378,7 @@ def test_the_bundle_command(tmp_path, runs, capsys):
     with open(tmp_path / "b/README.md") as handle:
         assert "profile demo" in handle.read()
     assert cli.main(["bundle", "--models", str(runs), "--out", str(tmp_path / "c"), "--members", "1"]) == 0
+    assert cli.main(["bundle", "--out", str(tmp_path / "d"), "--members", "1"]) != 0
+    assert "expected --members of at least 1 together with --models" in capsys.readouterr().err
     first, all_folds = (bundle.find(path).properties["dielectric"] for path in (tmp_path / "c", runs))
     assert len(first.members) == 1 < len(all_folds.members) and first.n_test < all_folds.n_test
