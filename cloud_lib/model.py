@@ -356,6 +356,14 @@ def crop_vocab(bert: BertModel, vocab_size: int) -> BertModel:
     return bert
 
 
+def set_dropout(bert: BertModel, p: float) -> None:
+    """Dropout of the embeddings and of each sub-layer's output; what is saved later says so."""
+    bert.config.hidden_dropout_prob = p
+    for part in (bert.embeddings, *(output for layer in bert.encoder.layer for output in (layer.attention.output,
+                                                                                         layer.output))):
+        part.dropout.p = p
+
+
 def load_regressor(path: str | os.PathLike) -> tuple[Regressor, dict[str, Any]]:
     """Fine-tuned model and its cloud.json (vocabulary, task, mean and std of the target).
 

@@ -138,7 +138,8 @@ def _discovery(profile: str) -> list[Job]:
     _prepare_discovery(data, style, p)
     config = FinetuneConfig(str(io.checkpoints_dir(profile) / "encoder"), epochs=p["epochs"], batch_size=p["batch_size"],
                             lr=p["learning_rate"], warmup_ratio=p["warmup_ratio"], frozen_epochs=p["frozen_epochs"],
-                            n_hidden=p["head_layers"], val_fraction=p["val_fraction"])
+                            n_hidden=p["head_layers"], val_fraction=p["val_fraction"],
+                            encoder_dropout=p["encoder_dropout"])
     cv = _cross_validation(profile, "discovery", p, [0])
     return [Job(unit, 1, 4) for unit in finetune_units(["discovery"], {"CLOUD": config}, cv)]
 

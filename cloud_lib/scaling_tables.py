@@ -78,9 +78,8 @@ def contours_and_optimum(fit: scaling.Fit, paper: pd.Series, budgets: np.ndarray
 
 
 def summary(fit: scaling.Fit, paper: pd.Series) -> pd.DataFrame:
-    """Lines of the README's table: the exponents of the compute-optimal frontier, with our 95 % intervals."""
+    """Lines of the README's table: the constants and the exponents of the frontier, with our 95 % intervals."""
     found = fit.table().set_index("quantity")
-    return pd.DataFrame([{"result": f"scaling law, {name} (95 % interval {found.loc[name, 'low']:.2f} to "
-                                    f"{found.loc[name, 'high']:.2f})", "paper": paper[name],
-                          "ours": found.loc[name, "value"], "rows": len(fit.loss), "notebook": "06_scaling_law",
-                          "make": "scaling_law"} for name in ("a", "b")])
+    lines = [{"result": f"scaling law, {name} (95 % interval {found.loc[name, 'low']:.3g} to {found.loc[name, 'high']:.3g})",
+              "paper": paper[name], "ours": found.loc[name, "value"]} for name in (*CONSTANTS, "a", "b")]
+    return pd.DataFrame(lines).assign(rows=len(fit.loss), notebook="06_scaling_law", make="scaling_law")

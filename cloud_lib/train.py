@@ -70,7 +70,8 @@ class FinetuneConfig:
     loss: str = "l1"               # or "huber"
     n_hidden: int = 1              # hidden layers of the head
     hidden_width: int | None = None  # None = the encoder's width
-    dropout: float = 0.1           # of the head; the encoder's own comes with its configuration
+    dropout: float = 0.1           # of the head
+    encoder_dropout: float | None = None  # None = as the encoder was configured; less for few epochs on many rows
     min_rows: int = 0              # rows of a joined task with fewer are repeated up to so many per epoch
     val_fraction: float = 0.1      # of the rows outside the test fold
     grouped: bool = True           # equal strings never on both sides of train | val
@@ -318,13 +319,17 @@ def _tested_elsewhere(packed: PackedTokens, task: np.ndarray, is_test: np.ndarra
 def _initial_encoder(config: FinetuneConfig, packed: PackedTokens) -> models.BertModel:
     meta = packed.meta
     if config.init != "scratch":
-        return models.load_encoder(config.init, meta["vocab_sha256"], meta["vocab_size"])
-    if config.encoder is None:
+        bert = models.load_encoder(config.init, meta["vocab_sha256"], meta["vocab_size"])
+    elif config.encoder is None:
         raise ValueError('expected encoder=EncoderConfig(...) with init="scratch", found None; name the '
                          "sizes, or give init the folder of a pre-trained model")
-    with models.seeded(config.seed):
-        return models.BertModel(models.with_vocab(config.encoder, meta["vocab_size"]).bert_config(),
-                                add_pooling_layer=False)
+    else:
+        with models.seeded(config.seed):
+            bert = models.BertModel(models.with_vocab(config.encoder, meta["vocab_size"]).bert_config(),
+                                    add_pooling_layer=False)
+    if config.encoder_dropout is not None:
+        models.set_dropout(bert, config.encoder_dropout)
+    return bert
 
 
 def _predict_rows(model: Regressor, packed: PackedTokens, rows: np.ndarray, wanted: np.ndarray | None,

@@ -49,6 +49,16 @@ def _oracle(model, batch, device="cpu"):
     return hidden[inside], hidden[:, 0], loss
 
 
+def test_dropout_of_an_encoder_can_be_changed(batch):
+    bert, ours = _model().train().bert, Packed.of(batch)
+    same = {}
+    for p in (0.0, 0.3):
+        models.set_dropout(bert, p)
+        one, other = (models.encode(bert, ours) for _ in range(2))
+        same[p] = torch.equal(one, other)
+    assert same == {0.0: True, 0.3: False} and bert.config.hidden_dropout_prob == 0.3
+
+
 def test_unpadded_equals_padded_transformers_bert(batch):
     model, ours = _model(), Packed.of(batch)
     hidden, cls, loss = _oracle(model, batch)
