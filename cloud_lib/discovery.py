@@ -42,7 +42,7 @@ def prepare(data_dir: Path, style: str, symprec: float, max_train_rows: int | No
 
 
 def with_hull_distances(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Our predictions (mean over seeds, and the first seed alone) and the published ones, for all test crystals.
+    """Our predictions (mean over seeds; of several also the first alone) and the published ones, for all test crystals.
 
     Args:
         predictions: long table of `experiments.finetune` for the task `discovery`.
@@ -55,7 +55,7 @@ def with_hull_distances(predictions: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"{len(unknown)} of {test['material_id'].nunique()} predictions have unknown material_id, "
                          f"e.g. {unknown[:3]}; the kept predictions belong to other data: run with stage=run")
     mean = test.groupby("material_id", as_index=False)["e_form_per_atom_pred"].mean().assign(model=OURS)
-    single = test[test["seed"] == test["seed"].min()].assign(model=SINGLE)
+    single = test[(test["seed"] == test["seed"].min()) & (test["seed"].nunique() > 1)].assign(model=SINGLE)
     published = discovery.load_published_predictions().replace({"model": NAMES})
     found = [truth.merge(table, on="material_id", how="left", validate="1:1").fillna({"model": model})
              for part in (mean, single, published) for model, table in part.groupby("model", sort=False)]
