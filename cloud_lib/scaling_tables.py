@@ -78,8 +78,16 @@ def contours_and_optimum(fit: scaling.Fit, paper: pd.Series, budgets: np.ndarray
 
 
 def summary(fit: scaling.Fit, paper: pd.Series) -> pd.DataFrame:
-    """Lines of the README's table: the constants and the exponents of the frontier, with our 95 % intervals."""
+    """Lines of the README's table: the constants and the exponents of the frontier, with our 95 % intervals.
+
+    A constant on the boundary has no number.
+    """
     found = fit.table().set_index("quantity")
-    lines = [{"result": f"scaling law, {name} (95 % interval {found.loc[name, 'low']:.3g} to {found.loc[name, 'high']:.3g})",
-              "paper": paper[name], "ours": found.loc[name, "value"]} for name in (*CONSTANTS, "a", "b")]
+    beyond = {note.split()[0] for note in fit.boundary}
+    lines = []
+    for name in (*CONSTANTS, "a", "b"):
+        value, low, high = found.loc[name, ["value", "low", "high"]]
+        remark = "not determined by these runs" if name in beyond else f"95 % interval {low:.4g} to {high:.4g}"
+        lines.append({"result": f"scaling law, {name} ({remark})", "paper": paper[name],
+                      "ours": np.nan if name in beyond else value})
     return pd.DataFrame(lines).assign(rows=len(fit.loss), notebook="06_scaling_law", make="scaling_law")
