@@ -10,12 +10,10 @@ parts of one archive, for `python -m cloud_lib import-results OUT`.
 import argparse
 import fnmatch
 import os
-import signal
 import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,6 @@ from cloud_lib.predict import save_bfloat16
 RESULTS = ("result.json", "identity.json", "predictions.csv", "log.jsonl")
 ARCHIVE, REPORT, WEIGHTS = "results.tar.gz", "report.json", "weights"
 PART_BYTES, N_PARTS = 15 * 2**20, 4  # of what goes back; with the report 5 files, below 64 MiB together
-
-
-class TimeOver(Exception):
-    """The time that was asked for has passed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,34 +138,18 @@ def train(jobs: Sequence[dict[str, Any]], work: Path, deadline: float, n_workers
     for job in jobs:
         job["unit"]["config"]["run"] = job["unit"]["config"]["run"] | how
     try:
-        with _alarm(deadline):
-            for wave in sorted({job["wave"] for job in jobs}):
-                todo = [job["unit"] for job in jobs if job["wave"] == wave]
-                print(f"wave {wave}: {len(todo)} units, {len(units.finished(todo))} of them finished before", flush=True)
-                try:
-                    units.run_units(todo, n_workers, threads, progress=False)
-                except RuntimeError as error:
-                    failures.append(str(error))
-                publish(jobs)
-    except TimeOver:
+        for wave in sorted({job["wave"] for job in jobs}):
+            todo = [job["unit"] for job in jobs if job["wave"] == wave]
+            print(f"wave {wave}: {len(todo)} units, {len(units.finished(todo))} of them finished before", flush=True)
+            try:
+                units.run_units(todo, n_workers, threads, progress=False, deadline=deadline)
+            except RuntimeError as error:
+                failures.append(str(error))
+            publish(jobs)
+    except units.TimeOver:
         print("the time is over; interrupted units have saved where they were", flush=True)
     publish(jobs)
     return failures
-
-
-@contextmanager
-def _alarm(deadline: float) -> Iterator[None]:
-    """Raise TimeOver inside the block at `deadline` (main thread only)."""
-    def over(*_: Any) -> None:
-        raise TimeOver
-
-    previous = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, deadline - time.monotonic()))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def publish(jobs: Sequence[dict[str, Any]]) -> None:

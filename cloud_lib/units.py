@@ -30,8 +30,12 @@ ANSWER = "unit-result "  # start of a worker's answer line
 PARENT = "CLOUD_PARENT_PID"  # who started a worker or launcher: it may be gone before the child can ask
 
 
+class TimeOver(Exception):
+    """The time that was asked for has passed; what was interrupted has saved where it was."""
+
+
 def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worker: int = 1,
-              progress: bool = True) -> list[dict[str, Any]]:
+              progress: bool = True, deadline: float = float("inf")) -> list[dict[str, Any]]:
     """Run units in `n_workers` processes and return their results in order.
 
     A unit that has finished with the same settings and data is not run again; an interrupted one continues. A
@@ -40,8 +44,10 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
     Args:
         n_workers: 0 trains nothing: it writes the unfinished units to a file for a cluster, and says so.
         threads_per_worker: OMP_NUM_THREADS of each process; processes x threads should not exceed the cores.
+        deadline: of time.monotonic(); then the workers save and stop.
     Raises:
         ValueError: a unit is malformed.
+        TimeOver: at the deadline, if units are left.
         RuntimeError: units failed (after the others have finished); names each with its last lines. Or there are
             unfinished ones and no workers.
     """
@@ -64,6 +70,8 @@ def run_units(units: Sequence[dict[str, Any]], n_workers: int, threads_per_worke
             thread.start()
         for thread in threads:
             while thread.is_alive():  # a join without limit would not see an interrupt
+                if time.monotonic() > deadline:
+                    raise TimeOver
                 thread.join(0.2)
     if failures:
         lines = [f"--- {units[i]['out_dir']}\n{text}" for i, text in sorted(failures.items())[:3]]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 
-from cloud_lib import cli, grid, powerlaw, report, scaling, scaling_checks
+from cloud_lib import cli, grid, powerlaw, report, scaling, scaling_checks, scaling_tables
 from cloud_lib.powerlaw import Law, Problem
 
 TRUTH = Law(A=90.7464, B=21.9854, E=0.2296, alpha=0.4339, beta=0.3518)  # the paper's constants
@@ -258,6 +258,9 @@ def test_a_fit_on_the_boundary_says_what_to_add(law, message):
     found = scaling.fit(make_runs(0.002, law), n_bootstrap=20)
     assert pd.Series(found.boundary).str.contains(message).any() and found.share_boundary > 0.2
     assert f"not determined: {found.boundary[0]}" in found.text()
+    lines = scaling_tables.summary(found, report.paper_values("scaling_law").set_index("symbol")["value"])
+    without = lines["result"].str.startswith(f"scaling law, {found.boundary[0].split()[0]} (not determined")
+    assert without.sum() == 1 and lines.loc[without, "ours"].isna().all() and lines["ours"].notna().any()
 
 
 # -------------------------------------------------------------------------------------- command line
