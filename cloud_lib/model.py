@@ -359,8 +359,8 @@ def crop_vocab(bert: BertModel, vocab_size: int) -> BertModel:
 def set_dropout(bert: BertModel, p: float) -> None:
     """Dropout of the embeddings and of each sub-layer's output; what is saved later says so."""
     bert.config.hidden_dropout_prob = p
-    for part in (bert.embeddings, *(output for layer in bert.encoder.layer for output in (layer.attention.output,
-                                                                                         layer.output))):
+    outputs = [output for layer in bert.encoder.layer for output in (layer.attention.output, layer.output)]
+    for part in (bert.embeddings, *outputs):
         part.dropout.p = p
 
 
